@@ -1,0 +1,127 @@
+//! An ONNX graph as plain data: values are numbers, functions are inlined, nodes are in topological order.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+/// Index of a value (a node's input or output, an initializer, a graph input) into [`Graph::names`].
+pub type ValueId = u32;
+
+/// A graph after reading: everything that a rule or an evaluator may look at.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    /// Producer name and version, as the file says.
+    pub producer: String,
+    /// Version of the default operator set (`ai.onnx`).
+    pub opset: i64,
+    /// Versions of the other operator sets, by domain.
+    pub opsets: BTreeMap<String, i64>,
+    /// Name of every value; unique within the graph, subgraphs included.
+    pub names: Vec<String>,
+    /// Constants: initializers (`Constant` nodes stay nodes).
+    pub initializers: BTreeMap<ValueId, Tensor>,
+    /// Graph inputs that have no initializer, in order.
+    pub inputs: Vec<ValueInfo>,
+    /// Graph outputs, in order.
+    pub outputs: Vec<ValueInfo>,
+    /// Nodes, each after those that make its inputs.
+    pub nodes: Vec<Node>,
+}
+
+/// A declared input or output.
+#[derive(Clone, Debug)]
+pub struct ValueInfo {
+    /// The value.
+    pub id: ValueId,
+    /// Element type, where declared.
+    pub dtype: Option<DType>,
+    /// Dimensions, where declared: a number, or a symbol or nothing.
+    pub shape: Option<Vec<Option<u64>>>,
+}
+
+/// One operator.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The file's name for it, or `op#index` where it has none.
+    pub name: String,
+    /// Operator, e.g. `MatMul`.
+    pub op: String,
+    /// Operator domain; `""` for `ai.onnx`.
+    pub domain: String,
+    /// Inputs; `None` where an optional input is absent.
+    pub inputs: Vec<Option<ValueId>>,
+    /// Outputs; `None` where not asked for.
+    pub outputs: Vec<Option<ValueId>>,
+    /// Attributes by name.
+    pub attrs: BTreeMap<String, Attr>,
+}
+
+/// The value of an attribute.
+#[derive(Clone, Debug)]
+pub enum Attr {
+    /// FLOAT
+    Float(f32),
+    /// INT
+    Int(i64),
+    /// STRING (bytes; mostly ASCII)
+    Str(Bytes),
+    /// TENSOR
+    Tensor(Tensor),
+    /// GRAPH: a body of If, Loop or Scan; its values are ids of the same table, outer values included.
+    Graph(Box<SubGraph>),
+    /// FLOATS
+    Floats(Vec<f32>),
+    /// INTS
+    Ints(Vec<i64>),
+    /// STRINGS
+    Strings(Vec<Bytes>),
+    /// A kind that no operator here reads (sparse tensors, types, …).
+    Other,
+}
+
+/// A body of If, Loop or Scan.
+#[derive(Clone, Debug, Default)]
+pub struct SubGraph {
+    /// Formal inputs.
+    pub inputs: Vec<ValueId>,
+    /// Results.
+    pub outputs: Vec<ValueId>,
+    /// Constants of the body.
+    pub initializers: BTreeMap<ValueId, Tensor>,
+    /// Nodes in topological order.
+    pub nodes: Vec<Node>,
+}
+
+/// A constant: type, shape and little-endian, row-major elements (a slice of the file where that is possible).
+///
+/// `data.len()` always equals the product of `dims` times the element size (4-bit types: two elements a byte, rounded up).
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape; empty for a scalar.
+    pub dims: Vec<usize>,
+    /// Elements.
+    pub data: Bytes,
+}
+
+/// ONNX element types that a graph of ours may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum DType {
+    F32,
+    U8,
+    I8,
+    U16,
+    I16,
+    I32,
+    I64,
+    Bool,
+    F16,
+    F64,
+    U32,
+    U64,
+    Bf16,
+    U4,
+    I4,
+}

@@ -1,0 +1,22 @@
+//! Vision Transformers in Rust.
+
+pub mod config;
+pub mod cpu;
+mod error;
+#[cfg(feature = "hub")]
+pub mod hub;
+pub mod labels;
+pub mod load;
+pub mod names;
+pub mod pos_embed;
+#[cfg(feature = "image")]
+pub mod preprocess;
+pub mod predictor;
+pub mod tap;
+pub mod vit;
+pub mod weights;
+
+pub use config::{Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig};
+pub use error::{Error, Result};
+pub use vit::VisionTransformer;
+pub use weights::{Dtype, TensorInfo, Weights};

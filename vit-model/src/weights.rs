@@ -1,0 +1,76 @@
+//! Where a model's tensors come from: a safetensors file, several of them, or an importer that makes them on demand.
+
+use std::collections::BTreeMap;
+
+/// The element type of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE 754 single.
+    F32,
+    /// IEEE 754 half.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE 754 double.
+    F64,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+
+    /// The name in a safetensors header: `F32`, `F16`, `BF16`, `F64`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::F64 => "F64",
+        }
+    }
+}
+
+/// What a tensor is, without its values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The element type.
+    pub dtype: Dtype,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// Named tensors, read one at a time, so that a model's weights never stand in memory twice.
+///
+/// Names are timm's. Reading is from `&self` and may happen on several threads at once: the CPU engine packs that way.
+pub trait Weights: Send + Sync {
+    /// Name → type and shape, of every tensor.
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo>;
+
+    /// The elements of one tensor, little-endian, row-major; as many bytes as its `TensorInfo` says.
+    fn read(&self, name: &str) -> crate::Result<Vec<u8>>;
+
+    /// The elements of one tensor, widened to f32.
+    fn read_f32(&self, name: &str) -> crate::Result<Vec<f32>> {
+        let info = self.tensors().get(name).ok_or_else(|| crate::Error::tensor(name, "missing"))?;
+        Ok(widen(info.dtype, &self.read(name)?))
+    }
+}
+
+/// Little-endian elements → f32, exact but for f64, which is rounded.
+pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::Bf16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Dtype::F64 => bytes
+            .chunks_exact(8)
+            .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
+            .collect(),
+    }
+}
