@@ -1,1 +1,202 @@
-//! labels
+//! From logits to an answer: probabilities, the best classes, and their names.
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Most bytes that a file of class names may have.
+pub const MAX_LABELS_BYTES: usize = 64 << 20;
+
+/// One class of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// Index of the class.
+    pub class: usize,
+    /// Its name, or its index in decimal where the checkpoint has no names.
+    pub label: String,
+    /// Softmax over all classes, between 0 and 1.
+    pub probability: f32,
+    /// What the head put out.
+    pub logit: f32,
+}
+
+/// Softmax over one row of logits. It is summed in f64 after the maximum is subtracted, so no logit is too large.
+///
+/// A NaN or an infinite logit has no probability, and is an error that names the class.
+pub fn softmax(logits: &[f32]) -> Result<Vec<f32>> {
+    if let Some(class) = logits.iter().position(|l| !l.is_finite()) {
+        let found = logits[class];
+        return Err(Error::Input(format!(
+            "the model answers {found} for class {class}; no class can be named from that"
+        )));
+    }
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let exp: Vec<f64> = logits.iter().map(|&l| (l as f64 - max).exp()).collect();
+    let sum: f64 = exp.iter().sum();
+    Ok(exp.into_iter().map(|e| (e / sum) as f32).collect())
+}
+
+/// Indices of the `k` largest values, largest first; equal values in index order. NaN counts as smallest.
+pub fn top_k(values: &[f32], k: usize) -> Vec<usize> {
+    let by_value = |&a: &usize, &b: &usize| -> Ordering {
+        let (x, y) = (values[a], values[b]);
+        x.is_nan().cmp(&y.is_nan()).then(y.partial_cmp(&x).unwrap_or(Ordering::Equal)).then(a.cmp(&b))
+    };
+    let mut best: Vec<usize> = (0..values.len()).collect();
+    if k < best.len() {
+        best.select_nth_unstable_by(k, by_value);
+        best.truncate(k);
+    }
+    best.sort_unstable_by(by_value);
+    best
+}
+
+/// The `k` best classes of one row of logits.
+pub fn predictions(logits: &[f32], labels: Option<&[String]>, k: usize) -> Result<Vec<Prediction>> {
+    let probabilities = softmax(logits)?;
+    let answer = |class| Prediction {
+        class,
+        label: name(labels, class),
+        probability: probabilities[class],
+        logit: logits[class],
+    };
+    Ok(top_k(logits, k).into_iter().map(answer).collect())
+}
+
+/// The name of a class, or its index in decimal where there is none.
+pub fn name(labels: Option<&[String]>, class: usize) -> String {
+    labels.and_then(|l| l.get(class)).cloned().unwrap_or_else(|| class.to_string())
+}
+
+/// Reads class names as they are found beside checkpoints, one name per class in class order:
+///
+/// - JSON `{"0": "daisy", …}` (`class_indices.json`) or `{"daisy": 0, …}` (`label2id`);
+/// - JSON `["daisy", …]`;
+/// - JSON with one of those under `id2label`, `label2id`, `label_names` or `labels` (a `config.json`);
+/// - text, one name a line.
+pub fn parse(bytes: &[u8]) -> Result<Vec<String>> {
+    let fail = |why: String| Error::Config(format!("class names: {why}"));
+    if bytes.len() > MAX_LABELS_BYTES {
+        return Err(fail(format!("{} bytes, at most {MAX_LABELS_BYTES} are read", bytes.len())));
+    }
+    let text = std::str::from_utf8(bytes).map_err(|e| fail(format!("not UTF-8 ({e})")))?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let names = if text.trim_start().starts_with(['{', '[']) {
+        from_json(&serde_json::from_str(text).map_err(|e| fail(format!("not JSON ({e})")))?).map_err(fail)?
+    } else {
+        text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect()
+    };
+    if names.is_empty() {
+        return Err(fail("there is none in it".into()));
+    }
+    Ok(names)
+}
+
+fn from_json(value: &Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(names) => names.iter().map(as_name).collect(),
+        Value::Object(map) => {
+            for key in ["id2label", "label2id", "label_names", "labels"] {
+                match map.get(key) {
+                    Some(Value::Object(inner)) => return from_map(inner),
+                    Some(Value::Array(names)) => return names.iter().map(as_name).collect(),
+                    _ => {}
+                }
+            }
+            from_map(map)
+        }
+        _ => Err("expected a list of names, or an object of index and name".into()),
+    }
+}
+
+/// `{"0": "daisy"}` or `{"daisy": 0}`; every index from 0 on must be there once.
+fn from_map(map: &Map<String, Value>) -> Result<Vec<String>, String> {
+    let by_index = map.values().all(Value::is_string);
+    let mut pairs = Vec::with_capacity(map.len());
+    for (key, value) in map {
+        let pair = if by_index {
+            (key.parse::<usize>().ok(), as_name(value)?)
+        } else {
+            (value.as_u64().and_then(|i| usize::try_from(i).ok()), key.clone())
+        };
+        match pair {
+            (Some(index), name) => pairs.push((index, name)),
+            (None, _) => return Err(format!("no index in `{key}`: {value}")),
+        }
+    }
+    pairs.sort();
+    let indices: BTreeSet<usize> = pairs.iter().map(|(i, _)| *i).collect();
+    if let Some(hole) = (0..pairs.len()).find(|i| !indices.contains(i)) {
+        return Err(format!("{} names, but none for class {hole}", pairs.len()));
+    }
+    Ok(pairs.into_iter().map(|(_, name)| name).collect())
+}
+
+fn as_name(value: &Value) -> Result<String, String> {
+    value.as_str().map(str::to_owned).ok_or_else(|| format!("expected a name, found {value}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn softmax_survives_large_logits_and_sums_to_one() {
+        let p = softmax(&[1000.0, 999.0, -1000.0]).unwrap();
+        // e/(1+e) and 1/(1+e)
+        assert_eq!(p, [0.731_058_6, 0.268_941_43, 0.0]);
+        assert!(softmax(&[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn no_class_is_named_from_nan_or_infinity() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = predictions(&[0.0, bad], None, 1).unwrap_err().to_string();
+            assert!(error.contains("class 1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn ties_go_by_index() {
+        assert_eq!(top_k(&[1.0, 3.0, 3.0, 2.0, 3.0], 2), [1, 2]);
+        assert_eq!(top_k(&[0.0; 5], 3), [0, 1, 2]);
+        assert_eq!(top_k(&[0.0, -0.0, 1.0], 9), [2, 0, 1]);
+        assert_eq!(top_k(&[f32::NAN, 1.0, f32::NEG_INFINITY], 3), [1, 2, 0]);
+        assert_eq!(top_k(&[1.0], 0), [0usize; 0]);
+    }
+
+    #[test]
+    fn names_are_read_in_every_form() {
+        let want = ["daisy", "rose"];
+        for text in [
+            r#"{"1": "rose", "0": "daisy"}"#,
+            r#"{"rose": 1, "daisy": 0}"#,
+            r#"["daisy", "rose"]"#,
+            r#"{"id2label": {"0": "daisy", "1": "rose"}, "hidden_size": 8}"#,
+            r#"{"label_names": ["daisy", "rose"]}"#,
+            "\u{feff}daisy\r\nrose\r\n",
+        ] {
+            assert_eq!(parse(text.as_bytes()).unwrap(), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_with_holes_or_of_another_kind_are_refused() {
+        for text in [
+            "",
+            "\n \n",
+            r#"{"0": "daisy", "2": "rose"}"#,
+            r#"{"daisy": 0, "rose": 0}"#,
+            r#"{"a": "daisy"}"#,
+            "[1, 2]",
+            "{",
+            r#"{"daisy": -1}"#,
+        ] {
+            assert!(parse(text.as_bytes()).is_err(), "{text}");
+        }
+        assert!(parse(b"\xff\xfe").is_err());
+    }
+}

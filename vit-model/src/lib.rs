@@ -9,9 +9,9 @@ pub mod labels;
 pub mod load;
 pub mod names;
 pub mod pos_embed;
+pub mod predictor;
 #[cfg(feature = "image")]
 pub mod preprocess;
-pub mod predictor;
 pub mod tap;
 pub mod vit;
 pub mod weights;
