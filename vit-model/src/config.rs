@@ -251,6 +251,11 @@ impl Config {
         self.num_patches() + self.num_prefix_tokens()
     }
 
+    /// Rows of `pos_embed`.
+    pub fn pos_embed_len(&self) -> usize {
+        if self.no_embed_class { self.num_patches() } else { self.num_tokens() }
+    }
+
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
         self.embed_dim / self.num_heads

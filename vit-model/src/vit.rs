@@ -1,5 +1,761 @@
-//! The whole model, top to bottom.
+//! The whole model, top to bottom: parts, blocks, `VisionTransformer`. No device in it: tensors live where the
+//! `VarBuilder` puts them.
+//!
+//! Shapes: `B` images of `C` channels, `N` tokens of width `D`, `H` heads of width `d = D / H`. Parameter names are
+//! timm's (`timm/models/vision_transformer.py`), so that its checkpoints load as they are.
 
-/// A Vision Transformer.
+use candle_core::{D, IndexOp, Module, Result as CandleResult, Tensor};
+use candle_nn::{Init, Linear, VarBuilder, ops};
+
+use crate::tap::Tap;
+use crate::{Activation, BlockKind, Config, Error, MlpKind, NormKind, Pool, Result};
+
+/// Initial values of a model that is trained from scratch; a checkpoint's values replace them.
+const WEIGHT: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
+const TOKEN: Init = Init::Randn { mean: 0.0, stdev: 1e-6 };
+const LAYER_SCALE: Init = Init::Const(1e-5);
+
+fn linear(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> CandleResult<Linear> {
+    let weight = vb.get_with_hints((out_dim, in_dim), "weight", WEIGHT)?;
+    let bias = if bias { Some(vb.get_with_hints(out_dim, "bias", Init::Const(0.0))?) } else { None };
+    Ok(Linear::new(weight, bias))
+}
+
+/// Softmax over the last dimension. Candle's fused kernel has no gradient: while training, the plain formula.
+fn softmax(x: &Tensor) -> CandleResult<Tensor> {
+    if x.track_op() { ops::softmax(x, D::Minus1) } else { ops::softmax_last_dim(&x.contiguous()?) }
+}
+
+/// LayerNorm, or RMSNorm where there is no bias.
 #[derive(Clone, Debug)]
-pub struct VisionTransformer;
+pub(crate) struct Norm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    eps: f32,
+}
+
+impl Norm {
+    fn new(dim: usize, kind: NormKind, eps: f64, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let weight = vb.get_with_hints(dim, "weight", Init::Const(1.0))?;
+        let bias = match kind {
+            NormKind::LayerNorm => Some(vb.get_with_hints(dim, "bias", Init::Const(0.0))?),
+            NormKind::RmsNorm => None,
+        };
+        Ok(Self { weight, bias, eps: eps as f32 })
+    }
+
+    fn of(config: &Config, dim: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        Self::new(dim, config.norm, config.ln_eps, vb)
+    }
+
+    /// Candle's fused kernels have no gradient: while training, the plain formulas.
+    pub(crate) fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let training = x.track_op() || self.weight.track_op();
+        match (&self.bias, training) {
+            (Some(bias), false) => ops::layer_norm(&x.contiguous()?, &self.weight, bias, self.eps),
+            (Some(bias), true) => ops::layer_norm_slow(x, &self.weight, bias, self.eps),
+            (None, false) => ops::rms_norm(&x.contiguous()?, &self.weight, self.eps),
+            (None, true) => ops::rms_norm_slow(x, &self.weight, self.eps),
+        }
+    }
+}
+
+/// `norm(x)`, or `x` where the model has no such norm.
+fn norm_if_any(norm: Option<&Norm>, x: Tensor) -> CandleResult<Tensor> {
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
+    }
+}
+
+/// A learned factor per channel on a residual branch (arXiv 2103.17239).
+#[derive(Clone, Debug)]
+struct LayerScale {
+    gamma: Tensor,
+}
+
+impl LayerScale {
+    fn of(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Option<Self>> {
+        let new = || CandleResult::Ok(Self { gamma: vb.get_with_hints(config.embed_dim, "gamma", LAYER_SCALE)? });
+        config.layer_scale.then(new).transpose()
+    }
+}
+
+fn scale_if_any(scale: Option<&LayerScale>, x: Tensor) -> CandleResult<Tensor> {
+    match scale {
+        Some(scale) => x.broadcast_mul(&scale.gamma),
+        None => Ok(x),
+    }
+}
+
+impl Activation {
+    fn forward(self, x: &Tensor) -> CandleResult<Tensor> {
+        match self {
+            Self::Gelu => x.gelu_erf(),
+            Self::GeluTanh => x.gelu(),
+            Self::QuickGelu => x * ops::sigmoid(&(x * 1.702)?)?,
+            Self::Relu => x.relu(),
+            Self::Silu => x.silu(),
+        }
+    }
+}
+
+/// Cuts the image into patches and projects each to a token: a convolution whose stride is its kernel, as a product.
+#[derive(Clone, Debug)]
+pub(crate) struct PatchEmbed {
+    proj: Linear,
+    norm: Option<Norm>,
+    patch_size: [usize; 2],
+}
+
+impl PatchEmbed {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let (dim, [ph, pw]) = (config.embed_dim, config.patch_size);
+        let weight = vb.pp("proj").get_with_hints((dim, config.in_chans, ph, pw), "weight", WEIGHT)?;
+        let bias = match config.patch_bias {
+            true => Some(vb.pp("proj").get_with_hints(dim, "bias", Init::Const(0.0))?),
+            false => None,
+        };
+        let norm = config.patch_norm.then(|| Norm::of(config, dim, vb.pp("norm"))).transpose()?;
+        let proj = Linear::new(weight.reshape((dim, config.in_chans * ph * pw))?, bias);
+        Ok(Self { proj, norm, patch_size: config.patch_size })
+    }
+
+    /// `[B, C, h, w] → [B, N, D]`; pixels right of and below the last whole patch are not read.
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let [ph, pw] = self.patch_size;
+        let (rows, columns) = (h / ph, w / pw);
+        let x = x.narrow(2, 0, rows * ph)?.narrow(3, 0, columns * pw)?;
+        let x = x.reshape((b, c, rows, ph, columns, pw))?.permute((0, 2, 4, 1, 3, 5))?; // [B, rows, columns, C, ph, pw]
+        let x = x.reshape((b, rows * columns, c * ph * pw))?; // [B, N, C·ph·pw]
+        norm_if_any(self.norm.as_ref(), self.proj.forward(&x)?) // [B, N, D]
+    }
+}
+
+/// `[B, N, H·d] → [B, H, N, d]`.
+fn split_heads(x: &Tensor, heads: usize) -> CandleResult<Tensor> {
+    let (b, n, dim) = x.dims3()?;
+    x.reshape((b, n, heads, dim / heads))?.transpose(1, 2)
+}
+
+/// `[B, H, N, d] → [B, N, H·d]`.
+fn merge_heads(x: &Tensor) -> CandleResult<Tensor> {
+    let (b, h, n, d) = x.dims4()?;
+    x.transpose(1, 2)?.reshape((b, n, h * d))
+}
+
+/// `softmax(q kᵀ / √d)`: `[B, H, M, d]`, `[B, H, N, d]` → `[B, H, M, N]`.
+fn attention_probabilities(q: &Tensor, k: &Tensor) -> CandleResult<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let q = (q.contiguous()? * scale)?;
+    softmax(&q.matmul(&k.contiguous()?.t()?)?)
+}
+
+/// The norms on q and k, each over the width of a head.
+#[derive(Clone, Debug)]
+struct QkNorm {
+    q: Norm,
+    k: Norm,
+}
+
+impl QkNorm {
+    fn of(config: &Config, head_dim: usize, vb: &VarBuilder<'_>) -> CandleResult<Option<Self>> {
+        let norm = |name| Norm::of(config, head_dim, vb.pp(name));
+        config.qk_norm.then(|| CandleResult::Ok(Self { q: norm("q_norm")?, k: norm("k_norm")? })).transpose()
+    }
+
+    fn apply(this: Option<&Self>, q: Tensor, k: Tensor) -> CandleResult<(Tensor, Tensor)> {
+        match this {
+            Some(norm) => Ok((norm.q.forward(&q)?, norm.k.forward(&k)?)),
+            None => Ok((q, k)),
+        }
+    }
+}
+
+/// Multi-head self-attention with q, k and v in one projection.
+#[derive(Clone, Debug)]
+struct Attention {
+    qkv: Linear,
+    qk_norm: Option<QkNorm>,
+    norm: Option<Norm>,
+    proj: Linear,
+    num_heads: usize,
+}
+
+impl Attention {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let dim = config.embed_dim;
+        Ok(Self {
+            qkv: linear(dim, 3 * dim, config.qkv_bias, vb.pp("qkv"))?,
+            qk_norm: QkNorm::of(config, config.head_dim(), &vb)?,
+            norm: config.scale_attn_norm.then(|| Norm::of(config, dim, vb.pp("norm"))).transpose()?,
+            proj: linear(dim, dim, config.proj_bias, vb.pp("proj"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let (b, n, dim) = x.dims3()?;
+        let qkv = self.qkv.forward(x)?.reshape((b, n, 3, self.num_heads, dim / self.num_heads))?;
+        let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, N, d]
+        let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), qkv.i(0)?, qkv.i(1)?)?;
+        let probabilities = attention_probabilities(&q, &k)?; // [B, H, N, N]
+        tap.attention(&probabilities)?;
+        let x = merge_heads(&probabilities.matmul(&qkv.i(2)?.contiguous()?)?)?; // [B, N, D]
+        self.proj.forward(&norm_if_any(self.norm.as_ref(), x)?)
+    }
+}
+
+/// The first projection of an MLP, with its activation.
+#[derive(Clone, Debug)]
+enum Gate {
+    /// `act(fc1(x))`
+    None(Linear),
+    /// `act(fc1_g(x)) · fc1_x(x)`
+    Split(Linear, Linear),
+    /// `act(a) · b` with `[a, b] = fc1(x)`
+    Packed(Linear),
+}
+
+/// The perceptron of a block: out to a wider hidden layer and back.
+#[derive(Clone, Debug)]
+struct Mlp {
+    fc1: Gate,
+    act: Activation,
+    norm: Option<Norm>,
+    fc2: Linear,
+}
+
+impl Mlp {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let (dim, rows, bias) = (config.embed_dim, config.mlp_hidden, config.proj_bias);
+        let fc1 = |name| linear(dim, rows, bias, vb.pp(name));
+        let (hidden, fc1) = match config.mlp {
+            MlpKind::Mlp => (rows, Gate::None(fc1("fc1")?)),
+            MlpKind::Swiglu => (rows, Gate::Split(fc1("fc1_g")?, fc1("fc1_x")?)),
+            MlpKind::SwigluPacked => (rows / 2, Gate::Packed(fc1("fc1")?)),
+        };
+        let norm = config.scale_mlp_norm.then(|| Norm::of(config, hidden, vb.pp("norm"))).transpose()?;
+        Ok(Self { fc1, act: config.act, norm, fc2: linear(hidden, dim, bias, vb.pp("fc2"))? })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let hidden = match &self.fc1 {
+            Gate::None(fc1) => self.act.forward(&fc1.forward(x)?)?,
+            Gate::Split(gate, value) => (self.act.forward(&gate.forward(x)?)? * value.forward(x)?)?,
+            Gate::Packed(fc1) => {
+                let both = fc1.forward(x)?.chunk(2, D::Minus1)?;
+                (self.act.forward(&both[0])? * &both[1])?
+            }
+        };
+        self.fc2.forward(&norm_if_any(self.norm.as_ref(), hidden)?)
+    }
+}
+
+/// `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`.
+#[derive(Clone, Debug)]
+struct StandardBlock {
+    norm1: Norm,
+    attn: Attention,
+    ls1: Option<LayerScale>,
+    norm2: Norm,
+    mlp: Mlp,
+    ls2: Option<LayerScale>,
+}
+
+impl StandardBlock {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        Ok(Self {
+            norm1: Norm::of(config, config.embed_dim, vb.pp("norm1"))?,
+            attn: Attention::new(config, vb.pp("attn"))?,
+            ls1: LayerScale::of(config, vb.pp("ls1"))?,
+            norm2: Norm::of(config, config.embed_dim, vb.pp("norm2"))?,
+            mlp: Mlp::new(config, vb.pp("mlp"))?,
+            ls2: LayerScale::of(config, vb.pp("ls2"))?,
+        })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let attended = self.attn.forward(&self.norm1.forward(x)?, tap)?;
+        let x = (x + scale_if_any(self.ls1.as_ref(), attended)?)?;
+        let hidden = self.mlp.forward(&self.norm2.forward(&x)?)?;
+        &x + scale_if_any(self.ls2.as_ref(), hidden)?
+    }
+}
+
+/// `x + norm1(attn(x))`, then `x + norm2(mlp(x))`: norms at the end of the branches.
+#[derive(Clone, Debug)]
+struct ResPostBlock {
+    attn: Attention,
+    norm1: Norm,
+    mlp: Mlp,
+    norm2: Norm,
+}
+
+impl ResPostBlock {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        Ok(Self {
+            attn: Attention::new(config, vb.pp("attn"))?,
+            norm1: Norm::of(config, config.embed_dim, vb.pp("norm1"))?,
+            mlp: Mlp::new(config, vb.pp("mlp"))?,
+            norm2: Norm::of(config, config.embed_dim, vb.pp("norm2"))?,
+        })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let x = (x + self.norm1.forward(&self.attn.forward(x, tap)?)?)?;
+        &x + self.norm2.forward(&self.mlp.forward(&x)?)?
+    }
+}
+
+/// What the two parallel blocks share: one norm and one projection, to the MLP's hidden layer and q, k, v.
+#[derive(Clone, Debug)]
+struct ParallelIn {
+    in_norm: Norm,
+    in_proj: Linear,
+    mlp_bias: Option<Tensor>,
+    qk_norm: Option<QkNorm>,
+    act: Activation,
+    sizes: [usize; 2],
+}
+
+impl ParallelIn {
+    fn new(config: &Config, head_dim: usize, vb: &VarBuilder<'_>) -> CandleResult<Self> {
+        let (dim, hidden) = (config.embed_dim, config.mlp_hidden);
+        let mlp_bias = match config.qkv_bias {
+            true => None, // in_proj.bias holds it
+            false => Some(vb.get_with_hints(hidden, "mlp_bias", Init::Const(0.0))?),
+        };
+        Ok(Self {
+            in_norm: Norm::of(config, dim, vb.pp("in_norm"))?,
+            in_proj: linear(dim, hidden + 3 * dim, config.qkv_bias, vb.pp("in_proj"))?,
+            mlp_bias,
+            qk_norm: QkNorm::of(config, head_dim, vb)?,
+            act: config.act,
+            sizes: [hidden, dim],
+        })
+    }
+
+    /// `[B, N, D]` → the MLP's hidden layer `[B, N, hidden]`; q and k in `qk_heads`, v in `v_heads` heads.
+    fn forward(&self, x: &Tensor, qk_heads: usize, v_heads: usize) -> CandleResult<(Tensor, [Tensor; 3])> {
+        let [hidden, dim] = self.sizes;
+        let y = self.in_proj.forward(&self.in_norm.forward(x)?)?; // [B, N, hidden + 3 D]
+        let mlp = y.narrow(2, 0, hidden)?;
+        let mlp = match &self.mlp_bias {
+            Some(bias) => mlp.broadcast_add(bias)?,
+            None => mlp,
+        };
+        let part = |i: usize, heads| split_heads(&y.narrow(2, hidden + i * dim, dim)?, heads);
+        let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), part(0, qk_heads)?, part(1, qk_heads)?)?;
+        Ok((self.act.forward(&mlp)?, [q, k, part(2, v_heads)?.contiguous()?]))
+    }
+}
+
+/// `x + ls(attention(x) + mlp(x))`, both from one norm and projection.
+#[derive(Clone, Debug)]
+struct ParallelScalingBlock {
+    input: ParallelIn,
+    attn_out_proj: Linear,
+    mlp_out_proj: Linear,
+    ls: Option<LayerScale>,
+    num_heads: usize,
+}
+
+impl ParallelScalingBlock {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let (dim, hidden) = (config.embed_dim, config.mlp_hidden);
+        Ok(Self {
+            input: ParallelIn::new(config, config.head_dim(), &vb)?,
+            attn_out_proj: linear(dim, dim, config.proj_bias, vb.pp("attn_out_proj"))?,
+            mlp_out_proj: linear(hidden, dim, config.proj_bias, vb.pp("mlp_out_proj"))?,
+            ls: LayerScale::of(config, vb.pp("ls"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let (mlp, [q, k, v]) = self.input.forward(x, self.num_heads, self.num_heads)?;
+        let probabilities = attention_probabilities(&q, &k)?; // [B, H, N, N]
+        tap.attention(&probabilities)?;
+        let attended = merge_heads(&probabilities.matmul(&v)?)?; // [B, N, D]
+        let y = (self.attn_out_proj.forward(&attended)? + self.mlp_out_proj.forward(&mlp)?)?;
+        x + scale_if_any(self.ls.as_ref(), y)?
+    }
+}
+
+/// `ParallelScalingBlock` with differential attention: each head subtracts a second attention, times a learned λ.
+#[derive(Clone, Debug)]
+struct DiffParallelScalingBlock {
+    input: ParallelIn,
+    lambda_q1: Tensor,
+    lambda_k1: Tensor,
+    lambda_q2: Tensor,
+    lambda_k2: Tensor,
+    lambda_init: f64,
+    sub_norm: Norm,
+    out_proj: Linear,
+    ls: Option<LayerScale>,
+    num_heads: usize,
+}
+
+impl DiffParallelScalingBlock {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let (dim, half) = (config.embed_dim, config.head_dim() / 2);
+        let lambda = |name| vb.get_with_hints(half, name, Init::Randn { mean: 0.0, stdev: 0.1 });
+        Ok(Self {
+            input: ParallelIn::new(config, half, &vb)?,
+            lambda_q1: lambda("lambda_q1")?,
+            lambda_k1: lambda("lambda_k1")?,
+            lambda_q2: lambda("lambda_q2")?,
+            lambda_k2: lambda("lambda_k2")?,
+            lambda_init: 0.8 - 0.6 * (-0.3 * index as f64).exp(),
+            sub_norm: Norm::new(2 * half, NormKind::RmsNorm, 1e-5, vb.pp("sub_norm"))?,
+            out_proj: linear(dim + config.mlp_hidden, dim, config.proj_bias, vb.pp("out_proj"))?,
+            ls: LayerScale::of(config, vb.pp("ls"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// `exp(λq1·λk1) − exp(λq2·λk2) + λ_init`: `[1]`.
+    fn lambda(&self) -> CandleResult<Tensor> {
+        let dot = |q: &Tensor, k: &Tensor| (q * k)?.sum_keepdim(0)?.exp();
+        (dot(&self.lambda_q1, &self.lambda_k1)? - dot(&self.lambda_q2, &self.lambda_k2)?)? + self.lambda_init
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let (mlp, [q, k, v]) = self.input.forward(x, 2 * self.num_heads, self.num_heads)?;
+        let both = attention_probabilities(&q, &k)?; // [B, 2 H, N, N]: each head's two attentions side by side
+        let (b, _, n, _) = both.dims4()?;
+        let both = both.reshape((b, self.num_heads, 2, n, n))?;
+        let difference = (both.i((.., .., 0))? - both.i((.., .., 1))?.broadcast_mul(&self.lambda()?)?)?; // [B, H, N, N]
+        tap.attention(&difference)?;
+        let attended = self.sub_norm.forward(&difference.matmul(&v)?)?; // [B, H, N, d]
+        let attended = merge_heads(&(attended * (1.0 - self.lambda_init))?)?; // [B, N, D]
+        let y = self.out_proj.forward(&Tensor::cat(&[attended, mlp], D::Minus1)?)?;
+        x + scale_if_any(self.ls.as_ref(), y)?
+    }
+}
+
+/// `x + ls(f(norm(x)))` without the residual: one of the branches that stand side by side.
+#[derive(Clone, Debug)]
+struct Branch<F> {
+    norm: Norm,
+    f: F,
+    ls: Option<LayerScale>,
+}
+
+impl<F> Branch<F> {
+    fn new(config: &Config, f: F, vb: &VarBuilder<'_>) -> CandleResult<Self> {
+        let norm = Norm::of(config, config.embed_dim, vb.pp("norm"))?;
+        Ok(Self { norm, f, ls: LayerScale::of(config, vb.pp("ls"))? })
+    }
+}
+
+/// Two attentions side by side, then two MLPs side by side.
+#[derive(Clone, Debug)]
+struct ParallelThingsBlock {
+    attns: [Branch<Attention>; 2],
+    ffns: [Branch<Mlp>; 2],
+}
+
+impl ParallelThingsBlock {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let attn = |i: usize| {
+            let vb = vb.pp("attns").pp(i);
+            Branch::new(config, Attention::new(config, vb.pp("attn"))?, &vb)
+        };
+        let ffn = |i: usize| {
+            let vb = vb.pp("ffns").pp(i);
+            Branch::new(config, Mlp::new(config, vb.pp("mlp"))?, &vb)
+        };
+        Ok(Self { attns: [attn(0)?, attn(1)?], ffns: [ffn(0)?, ffn(1)?] })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let mut attend = |a: &Branch<Attention>| {
+            let y = a.f.forward(&a.norm.forward(x)?, tap)?;
+            scale_if_any(a.ls.as_ref(), y)
+        };
+        let x = (x + (attend(&self.attns[0])? + attend(&self.attns[1])?)?)?;
+        let feed = |m: &Branch<Mlp>| scale_if_any(m.ls.as_ref(), m.f.forward(&m.norm.forward(&x)?)?);
+        &x + (feed(&self.ffns[0])? + feed(&self.ffns[1])?)?
+    }
+}
+
+/// A block of the model's kind.
+#[derive(Clone, Debug)]
+pub(crate) enum Block {
+    Standard(StandardBlock),
+    ResPost(ResPostBlock),
+    ParallelScaling(ParallelScalingBlock),
+    ParallelThings(ParallelThingsBlock),
+    DiffParallelScaling(DiffParallelScalingBlock),
+}
+
+impl Block {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        Ok(match config.block {
+            BlockKind::Standard => Self::Standard(StandardBlock::new(config, vb)?),
+            BlockKind::ResPost => Self::ResPost(ResPostBlock::new(config, vb)?),
+            BlockKind::ParallelScaling => Self::ParallelScaling(ParallelScalingBlock::new(config, vb)?),
+            BlockKind::ParallelThings => Self::ParallelThings(ParallelThingsBlock::new(config, vb)?),
+            BlockKind::DiffParallelScaling => {
+                Self::DiffParallelScaling(DiffParallelScalingBlock::new(config, index, vb)?)
+            }
+        })
+    }
+
+    /// `[B, N, D] → [B, N, D]`
+    pub(crate) fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        match self {
+            Self::Standard(block) => block.forward(x, tap),
+            Self::ResPost(block) => block.forward(x, tap),
+            Self::ParallelScaling(block) => block.forward(x, tap),
+            Self::ParallelThings(block) => block.forward(x, tap),
+            Self::DiffParallelScaling(block) => block.forward(x, tap),
+        }
+    }
+}
+
+/// Attention pooling: a learned query attends to the tokens, then an MLP with a residual (arXiv 2106.04560).
+#[derive(Clone, Debug)]
+pub(crate) struct AttentionPool {
+    latent: Tensor,
+    q: Linear,
+    kv: Linear,
+    proj: Linear,
+    norm: Norm,
+    mlp: Mlp,
+    num_heads: usize,
+}
+
+impl AttentionPool {
+    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+        let dim = config.embed_dim;
+        // whatever the blocks have, the pooling has a plain MLP and all biases
+        let plain = Config { mlp: MlpKind::Mlp, proj_bias: true, scale_mlp_norm: false, ..config.clone() };
+        Ok(Self {
+            latent: vb.get_with_hints((1, 1, dim), "latent", WEIGHT)?,
+            q: linear(dim, dim, true, vb.pp("q"))?,
+            kv: linear(dim, 2 * dim, true, vb.pp("kv"))?,
+            proj: linear(dim, dim, true, vb.pp("proj"))?,
+            norm: Norm::of(config, dim, vb.pp("norm"))?,
+            mlp: Mlp::new(&plain, vb.pp("mlp"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// `[B, N, D] → [B, D]`
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let (b, n, dim) = x.dims3()?;
+        let query = self.latent.broadcast_as((b, 1, dim))?.contiguous()?;
+        let q = split_heads(&self.q.forward(&query)?, self.num_heads)?; // [B, H, 1, d]
+        let kv = self.kv.forward(&x.contiguous()?)?.reshape((b, n, 2, self.num_heads, dim / self.num_heads))?;
+        let kv = kv.permute((2, 0, 3, 1, 4))?; // [2, B, H, N, d]
+        let probabilities = attention_probabilities(&q, &kv.i(0)?)?; // [B, H, 1, N]
+        let x = merge_heads(&probabilities.matmul(&kv.i(1)?.contiguous()?)?)?; // [B, 1, D]
+        let x = self.proj.forward(&x)?;
+        let x = (&x + self.mlp.forward(&self.norm.forward(&x)?)?)?;
+        x.i((.., 0))
+    }
+}
+
+/// A Vision Transformer: any architecture that a [`Config`] describes.
+///
+/// It runs on the device and in the type of its weights. Built over a `VarMap` it trains: every path that has no
+/// gradient in candle gives way to a plain formula as soon as a tensor is tracked.
+#[derive(Clone, Debug)]
+pub struct VisionTransformer {
+    pub(crate) config: Config,
+    pub(crate) patch_embed: PatchEmbed,
+    pub(crate) cls_token: Option<Tensor>,
+    pub(crate) dist_token: Option<Tensor>,
+    pub(crate) reg_token: Option<Tensor>,
+    pub(crate) pos_embed: Option<Tensor>,
+    pub(crate) norm_pre: Option<Norm>,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: Option<Norm>,
+    pub(crate) attn_pool: Option<AttentionPool>,
+    pub(crate) fc_norm: Option<Norm>,
+    pub(crate) pre_logits: Option<Linear>,
+    pub(crate) head: Option<Linear>,
+    pub(crate) head_dist: Option<Linear>,
+}
+
+impl VisionTransformer {
+    /// A model whose parameters come from `vb`, under timm's names.
+    ///
+    /// # Errors
+    /// A configuration that [`Config::validate`] refuses; a parameter that `vb` lacks or has in another shape.
+    pub fn new(config: &Config, vb: VarBuilder<'_>) -> Result<Self> {
+        config.validate()?;
+        let dim = config.embed_dim;
+        let norm = |there: bool, name| there.then(|| Norm::of(config, dim, vb.pp(name))).transpose();
+        let token =
+            |count: usize, name| (count > 0).then(|| vb.get_with_hints((1, count, dim), name, TOKEN)).transpose();
+        let pos_embed = (config.pos_embed)
+            .then(|| vb.get_with_hints((1, config.pos_embed_len(), dim), "pos_embed", WEIGHT))
+            .transpose()?;
+        let blocks = vb.pp("blocks");
+        let blocks = (0..config.depth).map(|i| Block::new(config, i, blocks.pp(i))).collect::<CandleResult<_>>()?;
+        let attn_pool =
+            (config.global_pool == Pool::Map).then(|| AttentionPool::new(config, vb.pp("attn_pool"))).transpose()?;
+        let pre_logits = config.pre_logits.as_ref();
+        let head_dim = pre_logits.map_or(dim, |pre| pre.size);
+        let pre_logits = pre_logits.map(|pre| linear(dim, pre.size, true, vb.pp("pre_logits.fc"))).transpose()?;
+        let head = |there: bool, name| {
+            (there && config.num_classes > 0)
+                .then(|| linear(head_dim, config.num_classes, config.head_bias, vb.pp(name)))
+                .transpose()
+        };
+        Ok(Self {
+            config: config.clone(),
+            patch_embed: PatchEmbed::new(config, vb.pp("patch_embed"))?,
+            cls_token: token(config.class_token.into(), "cls_token")?,
+            dist_token: token(config.dist_token.into(), "dist_token")?,
+            reg_token: token(config.reg_tokens, "reg_token")?,
+            pos_embed,
+            norm_pre: norm(config.pre_norm, "norm_pre")?,
+            blocks,
+            norm: norm(config.final_norm && !config.fc_norm, "norm")?,
+            attn_pool,
+            fc_norm: norm(config.final_norm && config.fc_norm, "fc_norm")?,
+            pre_logits,
+            head: head(true, "head")?,
+            head_dist: head(config.dist_token, "head_dist")?,
+        })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// `[B, C, h, w]` → logits `[B, num_classes]`; without a head the pooled features `[B, D]`.
+    ///
+    /// # Errors
+    /// An input of another rank, channel count or size than the model's; a lack of memory.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_head(&self.forward_features(x)?, false)
+    }
+
+    /// `[B, C, h, w]` → tokens `[B, N, D]` after the final norm (if it stands before the pooling), as timm means it.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_features(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_tapped(x, &mut ())
+    }
+
+    /// [`forward_features`](Self::forward_features) while `tap` looks on.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and what the tap returns.
+    pub fn forward_tapped(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+        let mut x = self.embed(x)?; // [B, N, D]
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, tap)?;
+            if !tap.block(index, &x)? {
+                break;
+            }
+        }
+        Ok(norm_if_any(self.norm.as_ref(), x)?)
+    }
+
+    /// Tokens `[B, N, D]` of [`forward_features`](Self::forward_features) → logits `[B, num_classes]`; with `pre_logits`,
+    /// or without a head, what the head would read: `[B, D]`. With `Pool::None` both keep the tokens' dimension.
+    ///
+    /// A distilled model answers with the mean of its two heads.
+    ///
+    /// # Errors
+    /// An input that is not such tokens; a lack of memory.
+    pub fn forward_head(&self, x: &Tensor, pre_logits: bool) -> Result<Tensor> {
+        let prefix = self.config.num_prefix_tokens();
+        match *x.dims() {
+            [_, n, dim] if dim == self.config.embed_dim && n > prefix => {}
+            _ => {
+                let (found, dim) = (x.dims(), self.config.embed_dim);
+                return Err(Error::Input(format!("tokens must be [B, N, {dim}] with N > {prefix}, found {found:?}")));
+            }
+        }
+        if self.config.dist_token {
+            return Ok(self.forward_distilled_head(x, pre_logits)?);
+        }
+        let x = norm_if_any(self.fc_norm.as_ref(), self.pool(x)?)?;
+        let x = match &self.pre_logits {
+            Some(fc) => fc.forward(&x)?.tanh()?,
+            None => x,
+        };
+        match &self.head {
+            Some(head) if !pre_logits => Ok(head.forward(&x)?),
+            _ => Ok(x),
+        }
+    }
+
+    /// DeiT's two heads, on the class and the distillation token (arXiv 2012.12877).
+    fn forward_distilled_head(&self, x: &Tensor, pre_logits: bool) -> CandleResult<Tensor> {
+        let (class, dist) = (x.i((.., 0))?.contiguous()?, x.i((.., 1))?.contiguous()?); // [B, D] each
+        match (&self.head, &self.head_dist) {
+            (Some(head), Some(head_dist)) if !pre_logits => (head.forward(&class)? + head_dist.forward(&dist)?)? * 0.5,
+            _ => (class + dist)? * 0.5,
+        }
+    }
+
+    /// `[B, C, h, w]` → tokens `[B, N, D]` as the first block reads them.
+    fn embed(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_input(x)?;
+        let x = self.patch_embed.forward(x)?;
+        let tokens = [&self.cls_token, &self.dist_token, &self.reg_token];
+        let prefix = |x: Tensor| {
+            let (b, _, dim) = x.dims3()?;
+            let mut parts = Vec::with_capacity(tokens.len() + 1);
+            for token in tokens.into_iter().flatten() {
+                parts.push(token.broadcast_as((b, token.dim(1)?, dim))?);
+            }
+            parts.push(x);
+            if parts.len() == 1 { Ok(parts.swap_remove(0)) } else { Tensor::cat(&parts, 1) }
+        };
+        let x = match &self.pos_embed {
+            None => prefix(x)?,
+            Some(pos_embed) if self.config.no_embed_class => prefix(x.broadcast_add(pos_embed)?)?,
+            Some(pos_embed) => prefix(x)?.broadcast_add(pos_embed)?,
+        };
+        Ok(norm_if_any(self.norm_pre.as_ref(), x)?)
+    }
+
+    fn check_input(&self, x: &Tensor) -> Result<()> {
+        let (c, [h, w]) = (self.config.in_chans, self.config.img_size);
+        match *x.dims() {
+            [b, channels, height, width] if b > 0 && channels == c && height == h && width == w => Ok(()),
+            _ => Err(Error::Input(format!("the model reads [B, {c}, {h}, {w}], found {:?}", x.dims()))),
+        }
+    }
+
+    /// `[B, N, D] → [B, D]`, as the configuration's `global_pool` says.
+    fn pool(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let from = if self.config.pool_include_prefix { 0 } else { self.config.num_prefix_tokens() };
+        let patches = || x.narrow(1, from, x.dim(1)? - from)?.contiguous();
+        match self.config.global_pool {
+            Pool::None => Ok(x.clone()),
+            Pool::Token => x.i((.., 0))?.contiguous(),
+            Pool::Avg => patches()?.mean(1),
+            Pool::Max => patches()?.max(1),
+            Pool::Avgmax => {
+                let x = patches()?;
+                (x.max(1)? + x.mean(1)?)? * 0.5
+            }
+            Pool::Map => match &self.attn_pool {
+                Some(attn_pool) => attn_pool.forward(&patches()?),
+                None => candle_core::bail!("`global_pool` map without attn_pool"),
+            },
+        }
+    }
+}
