@@ -1,0 +1,3 @@
+//! verify
+
+pub mod run;

@@ -1,0 +1,447 @@
+//! Elementwise operators: functions of one value, of two, comparisons, logic, casts.
+
+use std::sync::Arc;
+
+use candle_core::cpu::erf::{erf_f32, erf_f64};
+use rayon::prelude::*;
+
+use super::value::{Data, Res, Value, broadcast_dims, is_float, wrap, zip};
+use super::{Call, one};
+use crate::graph::{Attr, DType};
+
+/// A function of one real number, in both widths: an f32 graph is computed in f32, as the model that it is compared to.
+#[derive(Clone, Copy)]
+pub(super) struct Real {
+    pub f32: fn(f32, [f32; 2]) -> f32,
+    pub f64: fn(f64, [f64; 2]) -> f64,
+    pub args: [f64; 2],
+}
+
+macro_rules! real {
+    ($args:expr, |$x:ident, $a:ident| $body:expr) => {
+        Real {
+            f32: |$x, $a| {
+                let _ = $a;
+                $body
+            },
+            f64: |$x, $a| {
+                let _ = $a;
+                $body
+            },
+            args: $args,
+        }
+    };
+    (|$x:ident| $body:expr) => {
+        Real { f32: |$x, _| $body, f64: |$x, _| $body, args: [0., 0.] }
+    };
+}
+
+/// GELU with the exact erf.
+pub(super) const GELU: Real = Real {
+    f32: |x, _| 0.5 * x * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)),
+    f64: |x, _| 0.5 * x * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2)),
+    args: [0., 0.],
+};
+
+/// GELU by tanh; √(2/π) is 2/√π · 1/√2.
+pub(super) const GELU_TANH: Real = Real {
+    f32: |x, _| {
+        let c = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+        0.5 * x * (1.0 + (c * (x + 0.044715 * x * x * x)).tanh())
+    },
+    f64: |x, _| {
+        let c = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
+        0.5 * x * (1.0 + (c * (x + 0.044715 * x * x * x)).tanh())
+    },
+    args: [0., 0.],
+};
+
+/// `x · sigmoid(αx)`
+pub(super) fn quick_gelu(alpha: f64) -> Real {
+    real!([alpha, 0.], |x, a| x / (1.0 + (-a[0] * x).exp()))
+}
+
+/// Applies a function to every element of a float.
+pub(super) fn map(value: Value, f: Real) -> Res<Value> {
+    let Value { dtype, dims, data } = value;
+    let data = match data {
+        Data::F32(mut x) => {
+            let args = f.args.map(|a| a as f32);
+            Arc::make_mut(&mut x).par_iter_mut().with_min_len(1 << 12).for_each(|x| *x = (f.f32)(*x, args));
+            Data::F32(x)
+        }
+        Data::F64(mut x) => {
+            Arc::make_mut(&mut x).par_iter_mut().with_min_len(1 << 12).for_each(|x| *x = (f.f64)(*x, f.args));
+            Data::F64(x)
+        }
+        _ => return Err(format!("needs floats, found {dtype:?}")),
+    };
+    Ok(Value { dtype, dims, data }.rounded())
+}
+
+fn real_of(call: &Call<'_>) -> Option<Res<Real>> {
+    let alpha = |default| call.float("alpha", default);
+    Some(Ok(match call.node.op.as_str() {
+        "Sqrt" => real!(|x| x.sqrt()),
+        "Exp" => real!(|x| x.exp()),
+        "Log" => real!(|x| x.ln()),
+        "Tanh" => real!(|x| x.tanh()),
+        "Sin" => real!(|x| x.sin()),
+        "Cos" => real!(|x| x.cos()),
+        "Floor" => real!(|x| x.floor()),
+        "Ceil" => real!(|x| x.ceil()),
+        "Round" => real!(|x| x.round_ties_even()),
+        "Reciprocal" => real!(|x| 1.0 / x),
+        "Sigmoid" => real!(|x| 1.0 / (1.0 + (-x).exp())),
+        "Erf" => Real { f32: |x, _| erf_f32(x), f64: |x, _| erf_f64(x), args: [0., 0.] },
+        "Softplus" => real!(|x| x.max(0.0) + (-x.abs()).exp().ln_1p()),
+        "Softsign" => real!(|x| x / (1.0 + x.abs())),
+        "HardSwish" => real!(|x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
+        "Mish" => real!(|x| x * (x.max(0.0) + (-x.abs()).exp().ln_1p()).tanh()),
+        "Gelu" => match call.str("approximate", "none") {
+            Ok(a) if a == "none" => GELU,
+            Ok(a) if a == "tanh" => GELU_TANH,
+            Ok(a) => return Some(Err(format!("`approximate` is `{a}`"))),
+            Err(e) => return Some(Err(e)),
+        },
+        "Swish" => match alpha(1.0) {
+            Ok(a) => quick_gelu(a),
+            Err(e) => return Some(Err(e)),
+        },
+        "Elu" | "LeakyRelu" | "Celu" | "ThresholdedRelu" | "HardSigmoid" | "Selu" => {
+            let (a, second) = match call.node.op.as_str() {
+                "LeakyRelu" => (0.01, 0.0),
+                "HardSigmoid" => (0.2, 0.5),
+                "Selu" => (1.673_263_2, 1.050_701),
+                _ => (1.0, 0.0),
+            };
+            let name = if call.node.op == "Selu" { "gamma" } else { "beta" };
+            let args = match (alpha(a), call.float(name, second)) {
+                (Ok(a), Ok(b)) => [a, b],
+                (Err(e), _) | (_, Err(e)) => return Some(Err(e)),
+            };
+            match call.node.op.as_str() {
+                "Elu" => real!(args, |x, a| if x < 0.0 { a[0] * x.exp_m1() } else { x }),
+                "LeakyRelu" => real!(args, |x, a| if x < 0.0 { a[0] * x } else { x }),
+                "Celu" => real!(args, |x, a| x.max(0.0) + (a[0] * (x / a[0]).exp_m1()).min(0.0)),
+                "ThresholdedRelu" => real!(args, |x, a| if x > a[0] { x } else { 0.0 }),
+                "HardSigmoid" => real!(args, |x, a| (a[0] * x + a[1]).clamp(0.0, 1.0)),
+                _ => real!(args, |x, a| a[1] * if x > 0.0 { x } else { a[0] * x.exp_m1() }),
+            }
+        }
+        _ => return None,
+    }))
+}
+
+/// `f(a, b)` for two values of one type.
+pub(super) fn binary(a: &Value, b: &Value, op: &str) -> Res<Value> {
+    if a.dtype != b.dtype {
+        return Err(format!("its operands are {:?} and {:?}, they must be of one type", a.dtype, b.dtype));
+    }
+    let none = || format!("{op} has no rule for {:?}", a.dtype);
+    let (dims, data) = match (&a.data, &b.data) {
+        (Data::F32(x), Data::F32(y)) => {
+            let f: fn(f32, f32) -> f32 = float_op(op).ok_or_else(none)?.0;
+            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
+            (dims, Data::F32(Arc::new(out)))
+        }
+        (Data::F64(x), Data::F64(y)) => {
+            let f = float_op(op).ok_or_else(none)?.1;
+            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
+            (dims, Data::F64(Arc::new(out)))
+        }
+        (Data::Int(x), Data::Int(y)) => {
+            let f: fn(i64, i64) -> i64 = match op {
+                "Add" => i64::wrapping_add,
+                "Sub" => i64::wrapping_sub,
+                "Mul" => i64::wrapping_mul,
+                "Max" => i64::max,
+                "Min" => i64::min,
+                "Div" | "Mod" | "FMod" if y.contains(&0) => return Err("divides an integer by zero".into()),
+                "Div" => i64::wrapping_div,
+                // the sign of the divisor, as Python's %
+                "Mod" => |x, y| {
+                    let r = x.wrapping_rem(y);
+                    if r != 0 && (r < 0) != (y < 0) { r + y } else { r }
+                },
+                "FMod" => i64::wrapping_rem,
+                "Pow" => |x, y| match u32::try_from(y) {
+                    Ok(y) => x.wrapping_pow(y),
+                    Err(_) => (x as f64).powf(y as f64) as i64,
+                },
+                _ => return Err(none()),
+            };
+            if a.dtype == DType::Bool {
+                return Err(none());
+            }
+            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
+            (dims, Data::Int(Arc::new(out)))
+        }
+        _ => return Err(none()),
+    };
+    Ok(Value { dtype: a.dtype, dims, data }.rounded())
+}
+
+type Pair = (fn(f32, f32) -> f32, fn(f64, f64) -> f64);
+
+fn float_op(op: &str) -> Option<Pair> {
+    macro_rules! both {
+        (|$x:ident, $y:ident| $body:expr) => {
+            Some((|$x, $y| $body, |$x, $y| $body))
+        };
+    }
+    match op {
+        "Add" => both!(|x, y| x + y),
+        "Sub" => both!(|x, y| x - y),
+        "Mul" => both!(|x, y| x * y),
+        "Div" => both!(|x, y| x / y),
+        "Max" => both!(|x, y| if x.is_nan() || x > y { x } else { y }),
+        "Min" => both!(|x, y| if x.is_nan() || x < y { x } else { y }),
+        "FMod" => both!(|x, y| x % y),
+        "PRelu" => both!(|x, y| if x < 0.0 { x * y } else { x }),
+        "Pow" => Some((
+            |x, y| {
+                if y == 2.0 {
+                    x * x
+                } else if y == 3.0 {
+                    x * x * x
+                } else if y == 0.5 {
+                    x.sqrt()
+                } else {
+                    x.powf(y)
+                }
+            },
+            |x, y| if y == 2.0 { x * x } else { x.powf(y) },
+        )),
+        _ => None,
+    }
+}
+
+/// A comparison, over doubles (which hold every f32 and every integer that a graph compares).
+fn compare(a: &Value, b: &Value, f: fn(f64, f64) -> bool) -> Res<Value> {
+    if a.dtype != b.dtype {
+        return Err(format!("its operands are {:?} and {:?}, they must be of one type", a.dtype, b.dtype));
+    }
+    let (dims, out) = zip((&a.to_f64()?, &a.dims), (&b.to_f64()?, &b.dims), |x, y| i64::from(f(x, y)))?;
+    Ok(Value::int(DType::Bool, dims, out))
+}
+
+/// A value as another type: floats to integers truncate, anything to bool asks whether it is 0.
+pub(super) fn cast(value: Value, to: DType) -> Res<Value> {
+    if value.dtype == to {
+        return Ok(value);
+    }
+    let Value { dims, data, .. } = value;
+    let data = match (data, to) {
+        (Data::Int(x), DType::F64) => Data::F64(Arc::new(x.iter().map(|&x| x as f64).collect())),
+        (Data::Int(x), to) if is_float(to) => Data::F32(Arc::new(x.iter().map(|&x| x as f32).collect())),
+        (Data::Int(x), to) => Data::Int(Arc::new(x.iter().map(|&x| wrap(to, x)).collect())),
+        (Data::F32(x), DType::F64) => Data::F64(Arc::new(x.iter().map(|&x| x as f64).collect())),
+        (Data::F32(x), to) if is_float(to) => Data::F32(x),
+        (Data::F32(x), DType::Bool) => Data::Int(Arc::new(x.iter().map(|&x| i64::from(x != 0.0)).collect())),
+        (Data::F32(x), to) => Data::Int(Arc::new(x.iter().map(|&x| wrap(to, x as i64)).collect())),
+        (Data::F64(x), to) if is_float(to) => Data::F32(Arc::new(x.iter().map(|&x| x as f32).collect())),
+        (Data::F64(x), DType::Bool) => Data::Int(Arc::new(x.iter().map(|&x| i64::from(x != 0.0)).collect())),
+        (Data::F64(x), to) => Data::Int(Arc::new(x.iter().map(|&x| wrap(to, x as i64)).collect())),
+        (Data::Sequence(_), _) => return Err("needs a tensor, found a sequence".into()),
+    };
+    Ok(Value { dtype: to, dims, data }.rounded())
+}
+
+/// ONNX's number of an element type.
+pub(super) fn dtype_of(code: i64) -> Res<DType> {
+    Ok(match code {
+        1 => DType::F32,
+        2 => DType::U8,
+        3 => DType::I8,
+        4 => DType::U16,
+        5 => DType::I16,
+        6 => DType::I32,
+        7 => DType::I64,
+        9 => DType::Bool,
+        10 => DType::F16,
+        11 => DType::F64,
+        12 => DType::U32,
+        13 => DType::U64,
+        16 => DType::Bf16,
+        21 => DType::U4,
+        22 => DType::I4,
+        _ => return Err(format!("element type {code} is not supported")),
+    })
+}
+
+pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
+    if let Some(f) = real_of(call) {
+        return one(f.and_then(|f| map(call.take(0)?, f)));
+    }
+    let result = match call.node.op.as_str() {
+        op @ ("Add" | "Sub" | "Mul" | "Div" | "PRelu") => {
+            if call.inputs.len() == 2 {
+                (|| binary(call.input(0)?, call.input(1)?, op))()
+            } else {
+                Err("needs two inputs".into())
+            }
+        }
+        "Pow" => (|| {
+            // the exponent may be of another type than the base
+            let (a, b) = (call.input(0)?, call.input(1)?);
+            match (&a.data, &b.data) {
+                (Data::Int(_), Data::F32(_) | Data::F64(_)) => {
+                    let raised = binary(&cast(a.clone(), DType::F64)?, &cast(b.clone(), DType::F64)?, "Pow")?;
+                    cast(raised, a.dtype)
+                }
+                _ => binary(a, &cast(b.clone(), a.dtype)?, "Pow"),
+            }
+        })(),
+        "Mod" => (|| {
+            let fmod = call.int("fmod", 0)? != 0;
+            if !fmod && is_float(call.input(0)?.dtype) {
+                return Err("of floats needs fmod = 1".into());
+            }
+            binary(call.input(0)?, call.input(1)?, if fmod { "FMod" } else { "Mod" })
+        })(),
+        op @ ("Max" | "Min" | "Sum" | "Mean") => (|| {
+            let mut all = call.input(0)?.clone();
+            for i in 1..call.inputs.len() {
+                all = binary(&all, call.input(i)?, if op == "Max" || op == "Min" { op } else { "Add" })?;
+            }
+            if op == "Mean" {
+                all = binary(&all, &Value::scalar(all.dtype, call.inputs.len() as f64), "Div")?;
+            }
+            Ok(all)
+        })(),
+        "Neg" | "Abs" | "Sign" => (|| {
+            let v = call.take(0)?;
+            let op = call.node.op.as_str();
+            if let Data::Int(x) = &v.data {
+                let f = match op {
+                    "Neg" => i64::wrapping_neg,
+                    "Abs" => i64::wrapping_abs,
+                    _ => i64::signum,
+                };
+                return Ok(Value::int(v.dtype, v.dims.clone(), x.iter().map(|&x| f(x)).collect()).rounded());
+            }
+            map(
+                v,
+                match op {
+                    "Neg" => real!(|x| -x),
+                    "Abs" => real!(|x| x.abs()),
+                    _ => real!(|x| if x > 0.0 {
+                        1.0
+                    } else if x < 0.0 {
+                        -1.0
+                    } else {
+                        x
+                    }),
+                },
+            )
+        })(),
+        "Relu" => (|| binary(call.input(0)?, &Value::scalar(call.input(0)?.dtype, 0.0), "Max"))(),
+        "Clip" => (|| {
+            let mut v = call.take(0)?;
+            for (i, name, op) in [(1, "min", "Max"), (2, "max", "Min")] {
+                let attr = call.opt_float(name)?.map(|x| Value::scalar(v.dtype, x));
+                if let Some(bound) = call.opt(i).cloned().or(attr) {
+                    if bound.len() != 1 {
+                        return Err(format!("its {name} must be a scalar, found shape {:?}", bound.dims));
+                    }
+                    v = binary(&v, &bound.with_dims(vec![])?, op)?;
+                }
+            }
+            Ok(v)
+        })(),
+        op @ ("Equal" | "Greater" | "Less" | "GreaterOrEqual" | "LessOrEqual") => (|| {
+            compare(
+                call.input(0)?,
+                call.input(1)?,
+                match op {
+                    "Equal" => |x, y| x == y,
+                    "Greater" => |x, y| x > y,
+                    "Less" => |x, y| x < y,
+                    "GreaterOrEqual" => |x, y| x >= y,
+                    _ => |x, y| x <= y,
+                },
+            )
+        })(),
+        op @ ("And" | "Or" | "Xor") => (|| {
+            let (a, b) = (call.input(0)?, call.input(1)?);
+            if (a.dtype, b.dtype) != (DType::Bool, DType::Bool) {
+                return Err(format!("needs booleans, found {:?} and {:?}", a.dtype, b.dtype));
+            }
+            compare(
+                a,
+                b,
+                match op {
+                    "And" => |x, y| x != 0.0 && y != 0.0,
+                    "Or" => |x, y| x != 0.0 || y != 0.0,
+                    _ => |x, y| x != y,
+                },
+            )
+        })(),
+        "Not" => (|| {
+            let v = call.input(0)?;
+            if v.dtype != DType::Bool {
+                return Err(format!("needs booleans, found {:?}", v.dtype));
+            }
+            Ok(Value::int(DType::Bool, v.dims.clone(), v.as_ints()?.iter().map(|&x| 1 - x).collect()))
+        })(),
+        op @ ("IsNaN" | "IsInf") => (|| {
+            let v = call.input(0)?;
+            if !is_float(v.dtype) {
+                return Err(format!("needs floats, found {:?}", v.dtype));
+            }
+            let (neg, pos) = (call.int("detect_negative", 1)? != 0, call.int("detect_positive", 1)? != 0);
+            let nan = op == "IsNaN";
+            let is = |x: f64| if nan { x.is_nan() } else { x.is_infinite() && (if x > 0.0 { pos } else { neg }) };
+            Ok(Value::int(DType::Bool, v.dims.clone(), v.to_f64()?.into_iter().map(|x| i64::from(is(x))).collect()))
+        })(),
+        "Where" => (|| {
+            let (c, a, b) = (call.input(0)?, call.input(1)?, call.input(2)?);
+            if c.dtype != DType::Bool || a.dtype != b.dtype {
+                return Err(format!(
+                    "needs bool and two of one type, found {:?}, {:?}, {:?}",
+                    c.dtype, a.dtype, b.dtype
+                ));
+            }
+            select(c, a, b)
+        })(),
+        "Cast" => (|| {
+            let to = dtype_of(call.int("to", 0)?)?;
+            cast(call.take(0)?, to)
+        })(),
+        "CastLike" => (|| {
+            let to = call.input(1)?.dtype;
+            cast(call.take(0)?, to)
+        })(),
+        "Constant" => (|| {
+            let (name, attr) = call.node.attrs.iter().find(|(k, _)| k.starts_with("value")).ok_or("holds no value")?;
+            Ok(match attr {
+                Attr::Tensor(t) => Value::read(t)?,
+                Attr::Float(x) => Value::f32(vec![], vec![*x]),
+                Attr::Int(x) => Value::int(DType::I64, vec![], vec![*x]),
+                Attr::Floats(x) => Value::f32(vec![x.len()], x.clone()),
+                Attr::Ints(x) => Value::ints(x.clone()),
+                _ => return Err(format!("`{name}` is of a kind that has no rule")),
+            })
+        })(),
+        _ => return None,
+    };
+    one(result)
+}
+
+/// `c ? a : b`, broadcast.
+pub(super) fn select(c: &Value, a: &Value, b: &Value) -> Res<Value> {
+    let dims = broadcast_dims(&broadcast_dims(&c.dims, &a.dims)?, &b.dims)?;
+    let (c, a, b) = (c.broadcast(&dims)?, a.broadcast(&dims)?, b.broadcast(&dims)?);
+    let c = c.as_ints()?;
+    fn choose<T: Copy>(c: &[i64], a: &[T], b: &[T]) -> Arc<Vec<T>> {
+        Arc::new(c.iter().zip(a).zip(b).map(|((&c, &a), &b)| if c != 0 { a } else { b }).collect())
+    }
+    let data = match (&a.data, &b.data) {
+        (Data::F32(x), Data::F32(y)) => Data::F32(choose(c, x, y)),
+        (Data::F64(x), Data::F64(y)) => Data::F64(choose(c, x, y)),
+        (Data::Int(x), Data::Int(y)) => Data::Int(choose(c, x, y)),
+        _ => return Err("needs tensors of one type".into()),
+    };
+    Ok(Value { dtype: a.dtype, dims, data })
+}

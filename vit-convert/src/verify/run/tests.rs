@@ -1,0 +1,171 @@
+//! Rules that the fixtures' graphs do not reach, against values worked out by NumPy's and ONNX's definitions.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::graph::{DType, ValueInfo};
+
+/// One node of a default-domain operator, run over `inputs`.
+fn node(op: &str, opset: i64, attrs: &[(&str, Attr)], inputs: &[Value], outputs: usize) -> Result<Vec<Value>, Error> {
+    let n = inputs.len() as ValueId;
+    let info = |id| ValueInfo { id, dtype: None, shape: None };
+    let graph = Graph {
+        opset,
+        names: (0..n + outputs as ValueId).map(|i| format!("v{i}")).collect(),
+        inputs: (0..n).map(info).collect(),
+        outputs: (n..n + outputs as ValueId).map(info).collect(),
+        nodes: vec![Node {
+            name: "n".into(),
+            op: op.into(),
+            domain: String::new(),
+            inputs: (0..n).map(Some).collect(),
+            outputs: (n..n + outputs as ValueId).map(Some).collect(),
+            attrs: attrs.iter().map(|(k, a)| ((*k).to_string(), a.clone())).collect(),
+        }],
+        ..Graph::default()
+    };
+    run(&graph, inputs.to_vec())
+}
+
+fn f(dims: &[usize], data: &[f32]) -> Value {
+    Value::f32(dims.to_vec(), data.to_vec())
+}
+
+fn floats(v: &Value) -> Vec<f64> {
+    v.to_f64().unwrap()
+}
+
+#[test]
+fn broadcasting_follows_numpy() {
+    let a = f(&[2, 1, 3], &[0., 1., 2., 10., 11., 12.]);
+    let b = f(&[2, 1], &[100., 200.]);
+    let out = &node("Add", 17, &[], &[a, b], 1).unwrap()[0];
+    assert_eq!(out.dims, [2, 2, 3]);
+    assert_eq!(floats(out), [100., 101., 102., 200., 201., 202., 110., 111., 112., 210., 211., 212.]);
+}
+
+#[test]
+fn operands_of_two_types_are_refused_by_name() {
+    let err = node("Add", 17, &[], &[f(&[1], &[1.]), Value::ints(vec![1])], 1).unwrap_err().to_string();
+    assert!(err.contains("node `n` (Add)") && err.contains("F32") && err.contains("I64"), "{err}");
+}
+
+#[test]
+fn slices_count_from_both_ends_and_backwards() {
+    let v = Value::ints((0..10).collect());
+    let cut = |s: i64, e: i64, step: i64| {
+        let list = |x| Value::ints(vec![x]);
+        node("Slice", 17, &[], &[v.clone(), list(s), list(e), list(0), list(step)], 1).unwrap()[0]
+            .as_ints()
+            .unwrap()
+            .to_vec()
+    };
+    assert_eq!(cut(-3, i64::MAX, 1), [7, 8, 9]);
+    assert_eq!(cut(8, -11, -3), [8, 5, 2]);
+    assert_eq!(cut(1, 8, 3), [1, 4, 7]);
+    assert_eq!(cut(5, 5, 1), [0i64; 0]);
+    assert_eq!(cut(i64::MAX, i64::MIN, -4), [9, 5, 1]);
+}
+
+#[test]
+fn softmax_before_opset_13_is_over_all_later_axes() {
+    let x = f(&[1, 2, 2], &[0., 0., 0., 0.]);
+    let axis = [("axis", Attr::Int(1))];
+    assert_eq!(floats(&node("Softmax", 11, &axis, &[x.clone()], 1).unwrap()[0]), [0.25; 4]);
+    assert_eq!(floats(&node("Softmax", 13, &axis, &[x], 1).unwrap()[0]), [0.5; 4]);
+}
+
+#[test]
+fn einsum_traces_transposes_and_contracts() {
+    let x = f(&[2, 2], &[1., 2., 3., 4.]);
+    let sum = |eq: &'static str, inputs: &[Value]| {
+        node("Einsum", 17, &[("equation", Attr::Str(bytes::Bytes::from_static(eq.as_bytes())))], inputs, 1)
+            .map(|v| floats(&v[0]))
+    };
+    assert_eq!(sum("ii->", &[x.clone()]).unwrap(), [5.]);
+    assert_eq!(sum("ij->ji", &[x.clone()]).unwrap(), [1., 3., 2., 4.]);
+    assert_eq!(sum("ij,kj", &[x.clone(), x.clone()]).unwrap(), [5., 11., 11., 25.]);
+    assert_eq!(sum("...i,i->...", &[x.clone(), f(&[2], &[1., -1.])]).unwrap(), [-1., -1.]);
+    assert_eq!(sum("ij,jk,kl->il", &[x.clone(), x.clone(), x.clone()]).unwrap(), [37., 54., 81., 118.]);
+    assert!(sum("ij,jk->iz", &[x.clone(), x]).is_err());
+}
+
+#[test]
+fn convolution_strides_pads_dilates_and_groups() {
+    let x = Value::f32(vec![1, 2, 3, 3], (0..18).map(|i| i as f32).collect());
+    let ones = Value::f32(vec![2, 1, 2, 2], vec![1.0; 8]);
+    let ints = |x: &[i64]| Attr::Ints(x.to_vec());
+    let grouped = [("group", Attr::Int(2)), ("strides", ints(&[1, 2])), ("pads", ints(&[0, 1, 0, 0]))];
+    let out = &node("Conv", 17, &grouped, &[x.clone(), ones.clone()], 1).unwrap()[0];
+    assert_eq!(out.dims, [1, 2, 2, 2]);
+    assert_eq!(floats(out), [3., 12., 9., 24., 21., 48., 27., 60.]);
+    let wide = [("group", Attr::Int(2)), ("dilations", ints(&[2, 2]))];
+    assert_eq!(floats(&node("Conv", 17, &wide, &[x.clone(), ones.clone()], 1).unwrap()[0]), [16., 52.]);
+    assert!(node("Conv", 17, &[("kernel_shape", ints(&[3, 3])), ("group", Attr::Int(2))], &[x, ones], 1).is_err());
+}
+
+#[test]
+fn quantising_rounds_half_to_even_and_saturates() {
+    let x = f(&[5], &[0.5, 1.5, -0.5, 400.0, -400.0]);
+    let zero = Value::int(DType::I8, vec![], vec![1]);
+    let out = &node("QuantizeLinear", 13, &[], &[x, f(&[], &[1.0]), zero], 1).unwrap()[0];
+    assert_eq!((out.dtype, out.as_ints().unwrap()), (DType::I8, [1, 3, 1, 127, -128].as_slice()));
+}
+
+#[test]
+fn half_precision_is_rounded_after_every_node() {
+    let one = Value::scalar(DType::F16, 1.0);
+    let small = Value::scalar(DType::F16, 2f64.powi(-12));
+    assert_eq!(floats(&node("Add", 17, &[], &[one, small], 1).unwrap()[0]), [1.0]);
+}
+
+#[test]
+fn integers_wrap_and_division_by_zero_is_an_error() {
+    let byte = |x| Value::int(DType::U8, vec![], vec![x]);
+    assert_eq!(node("Add", 17, &[], &[byte(250), byte(10)], 1).unwrap()[0].as_ints().unwrap(), [4]);
+    assert!(node("Div", 17, &[], &[byte(1), byte(0)], 1).is_err());
+}
+
+#[test]
+fn sizes_are_checked_before_anything_is_allocated() {
+    let huge = Value::ints(vec![1 << 40, 1 << 40]);
+    let err = node("ConstantOfShape", 17, &[], &[huge], 1).unwrap_err().to_string();
+    assert!(err.contains("limit"), "{err}");
+    let big = Value::ints(vec![1 << 20]);
+    let v = node("ConstantOfShape", 17, &[], &[big], 1).unwrap().remove(0).with_dims(vec![1 << 20, 1]).unwrap();
+    let t = v.clone().with_dims(vec![1, 1 << 20]).unwrap();
+    assert!(node("MatMul", 17, &[], &[v, t], 1).unwrap_err().to_string().contains("limit"));
+}
+
+#[test]
+fn a_loop_carries_and_scans() {
+    // for i in 0..4 { s += i; scan s }
+    let info = |id| ValueInfo { id, dtype: None, shape: None };
+    let op = |op: &str, inputs: &[ValueId], outputs: &[ValueId], attrs: BTreeMap<String, Attr>| Node {
+        name: op.into(),
+        op: op.into(),
+        domain: String::new(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: outputs.iter().copied().map(Some).collect(),
+        attrs,
+    };
+    let body = SubGraph {
+        inputs: vec![3, 4, 5],
+        outputs: vec![4, 6, 6],
+        initializers: BTreeMap::new(),
+        nodes: vec![op("Add", &[5, 3], &[6], BTreeMap::new())],
+    };
+    let attrs = BTreeMap::from([("body".to_string(), Attr::Graph(Box::new(body)))]);
+    let graph = Graph {
+        opset: 17,
+        names: (0..9).map(|i| format!("v{i}")).collect(),
+        inputs: vec![info(0), info(1), info(2)],
+        outputs: vec![info(7), info(8)],
+        nodes: vec![op("Loop", &[0, 1, 2], &[7, 8], attrs)],
+        ..Graph::default()
+    };
+    let int = |x| Value::int(DType::I64, vec![], vec![x]);
+    let out = run(&graph, vec![int(4), flow::bool_value(true), int(0)]).unwrap();
+    assert_eq!(out[0].as_ints().unwrap(), [6]);
+    assert_eq!(out[1].as_ints().unwrap(), [0, 1, 3, 6]);
+}

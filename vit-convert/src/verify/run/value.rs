@@ -1,0 +1,462 @@
+//! Concrete values: three storages for fifteen element types, broadcasting, and the limits that come before allocation.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::graph::{DType, Tensor};
+
+/// Why a node cannot run: what it needs and what it has. The runner adds the node's name.
+pub(super) type Res<T> = Result<T, String>;
+
+/// Elements that one value may have: 2²⁸, a gigabyte of f32.
+pub const MAX_ELEMENTS: usize = 1 << 28;
+
+/// A tensor (or a sequence of them) with its ONNX type.
+#[derive(Clone, Debug)]
+pub struct Value {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape; of a sequence, its length.
+    pub dims: Vec<usize>,
+    /// Elements, row-major.
+    pub data: Data,
+}
+
+/// Elements. f16 and bf16 are kept as the f32 numbers they stand for, every integer type and bool as i64.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub enum Data {
+    F32(Arc<Vec<f32>>),
+    F64(Arc<Vec<f64>>),
+    Int(Arc<Vec<i64>>),
+    Sequence(Arc<Vec<Value>>),
+}
+
+/// Is this an element type of real numbers?
+pub fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::Bf16 | DType::F64)
+}
+
+/// The number of elements of a shape, if a value may have that many.
+pub fn count(dims: &[usize]) -> Res<usize> {
+    dims.iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d))
+        .filter(|&n| n <= MAX_ELEMENTS)
+        .ok_or_else(|| format!("a value of shape {dims:?} is over the limit of {MAX_ELEMENTS} elements"))
+}
+
+impl Value {
+    /// Real numbers of a type that is kept as f32.
+    pub fn f32(dims: Vec<usize>, data: Vec<f32>) -> Self {
+        Self { dtype: DType::F32, dims, data: Data::F32(Arc::new(data)) }
+    }
+
+    /// Doubles.
+    pub fn f64(dims: Vec<usize>, data: Vec<f64>) -> Self {
+        Self { dtype: DType::F64, dims, data: Data::F64(Arc::new(data)) }
+    }
+
+    /// Integers or booleans.
+    pub fn int(dtype: DType, dims: Vec<usize>, data: Vec<i64>) -> Self {
+        Self { dtype, dims, data: Data::Int(Arc::new(data)) }
+    }
+
+    /// A list of i64, as shapes are given.
+    pub fn ints(data: Vec<i64>) -> Self {
+        Self::int(DType::I64, vec![data.len()], data)
+    }
+
+    /// A scalar of a type; the number is rounded to it.
+    pub fn scalar(dtype: DType, x: f64) -> Self {
+        Self::reals(dtype, vec![], vec![x])
+    }
+
+    /// Numbers of any type, given as doubles, rounded (floats) or truncated (integers) to it.
+    pub fn reals(dtype: DType, dims: Vec<usize>, data: Vec<f64>) -> Self {
+        let data = match dtype {
+            DType::F64 => Data::F64(Arc::new(data)),
+            DType::F32 | DType::F16 | DType::Bf16 => Data::F32(Arc::new(data.iter().map(|&x| x as f32).collect())),
+            _ => Data::Int(Arc::new(data.iter().map(|&x| x as i64).collect())),
+        };
+        Self { dtype, dims, data }.rounded()
+    }
+
+    /// A sequence of tensors.
+    pub fn sequence(items: Vec<Value>) -> Self {
+        let dtype = items.first().map_or(DType::F32, |v| v.dtype);
+        Self { dtype, dims: vec![items.len()], data: Data::Sequence(Arc::new(items)) }
+    }
+
+    /// A constant of the file.
+    pub fn read(tensor: &Tensor) -> Res<Self> {
+        let n = count(&tensor.dims)?;
+        let b = &tensor.data[..];
+        let ints = |size: usize, read: fn(&[u8]) -> i64| b.chunks_exact(size).map(read).collect::<Vec<_>>();
+        let nibble = |signed: bool| {
+            let halves = b.iter().flat_map(|&x| [x & 15, x >> 4]).take(n);
+            halves.map(|x| if signed && x > 7 { x as i64 - 16 } else { x as i64 }).collect::<Vec<_>>()
+        };
+        let data = match tensor.dtype {
+            DType::F32 => Data::F32(Arc::new(b.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x)).collect())),
+            DType::F16 => {
+                Data::F32(Arc::new(b.as_chunks().0.iter().map(|&x| f16::from_le_bytes(x).to_f32()).collect()))
+            }
+            DType::Bf16 => {
+                Data::F32(Arc::new(b.as_chunks().0.iter().map(|&x| bf16::from_le_bytes(x).to_f32()).collect()))
+            }
+            DType::F64 => Data::F64(Arc::new(b.as_chunks().0.iter().map(|&x| f64::from_le_bytes(x)).collect())),
+            dtype => Data::Int(Arc::new(match dtype {
+                DType::U8 => ints(1, |b| b[0] as i64),
+                DType::I8 => ints(1, |b| b[0] as i8 as i64),
+                DType::Bool => ints(1, |b| i64::from(b[0] != 0)),
+                DType::U16 => ints(2, |b| u16::from_le_bytes([b[0], b[1]]) as i64),
+                DType::I16 => ints(2, |b| i16::from_le_bytes([b[0], b[1]]) as i64),
+                DType::U32 => ints(4, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as i64),
+                DType::I32 => ints(4, |b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]) as i64),
+                DType::U4 => nibble(false),
+                DType::I4 => nibble(true),
+                _ => ints(8, |b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])),
+            })),
+        };
+        let value = Self { dtype: tensor.dtype, dims: tensor.dims.clone(), data };
+        if value.len() == n {
+            Ok(value)
+        } else {
+            Err(format!("a constant of shape {:?} has {} elements", tensor.dims, value.len()))
+        }
+    }
+
+    /// Stored elements.
+    pub fn len(&self) -> usize {
+        match &self.data {
+            Data::F32(x) => x.len(),
+            Data::F64(x) => x.len(),
+            Data::Int(x) => x.len(),
+            Data::Sequence(x) => x.len(),
+        }
+    }
+
+    /// Has it no elements?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(x) => x.len() * 4,
+            Data::F64(x) => x.len() * 8,
+            Data::Int(x) => x.len() * 8,
+            Data::Sequence(x) => x.iter().map(Value::bytes).sum(),
+        }
+    }
+
+    /// The same elements under another shape of as many.
+    pub fn with_dims(mut self, dims: Vec<usize>) -> Res<Self> {
+        if count(&dims)? != self.len() || matches!(self.data, Data::Sequence(_)) {
+            return Err(format!("{:?} cannot be reshaped to {dims:?}", self.dims));
+        }
+        self.dims = dims;
+        Ok(self)
+    }
+
+    /// The value as its type can hold it: f16 and bf16 rounded, integers wrapped.
+    #[must_use]
+    pub fn rounded(mut self) -> Self {
+        fn each<T: Copy + Send + Sync>(x: &mut Arc<Vec<T>>, f: impl Fn(T) -> T + Sync) {
+            Arc::make_mut(x).par_iter_mut().with_min_len(1 << 14).for_each(|x| *x = f(*x));
+        }
+        match (&mut self.data, self.dtype) {
+            (Data::F32(x), DType::F16) => each(x, |x| f16::from_f32(x).to_f32()),
+            (Data::F32(x), DType::Bf16) => each(x, |x| bf16::from_f32(x).to_f32()),
+            (Data::Int(x), dtype) if !matches!(dtype, DType::I64 | DType::U64) => each(x, |x| wrap(dtype, x)),
+            _ => {}
+        }
+        self
+    }
+
+    /// Every element as a double.
+    pub fn to_f64(&self) -> Res<Vec<f64>> {
+        Ok(match &self.data {
+            Data::F32(x) => x.iter().map(|&x| x as f64).collect(),
+            Data::F64(x) => x.to_vec(),
+            Data::Int(x) => x.iter().map(|&x| x as f64).collect(),
+            Data::Sequence(_) => return Err("needs a tensor, found a sequence".into()),
+        })
+    }
+
+    /// Every element as f32.
+    pub fn to_f32(&self) -> Res<Vec<f32>> {
+        Ok(match &self.data {
+            Data::F32(x) => x.to_vec(),
+            Data::F64(x) => x.iter().map(|&x| x as f32).collect(),
+            Data::Int(x) => x.iter().map(|&x| x as f32).collect(),
+            Data::Sequence(_) => return Err("needs a tensor, found a sequence".into()),
+        })
+    }
+
+    /// The elements of a float, as f32 without a copy where they are kept so.
+    pub fn into_f32(self) -> Res<Vec<f32>> {
+        match self.data {
+            Data::F32(x) => Ok(Arc::try_unwrap(x).unwrap_or_else(|x| x.to_vec())),
+            _ => self.to_f32(),
+        }
+    }
+
+    /// The elements of an integer or boolean tensor.
+    pub fn as_ints(&self) -> Res<&[i64]> {
+        match &self.data {
+            Data::Int(x) => Ok(x),
+            _ => Err(format!("needs integers, found {:?}", self.dtype)),
+        }
+    }
+
+    /// The one element of a tensor, as a double.
+    pub fn one(&self) -> Res<f64> {
+        match self.to_f64()?.as_slice() {
+            [x] => Ok(*x),
+            _ => Err(format!("needs one element, found shape {:?}", self.dims)),
+        }
+    }
+
+    /// The one element of an integer tensor.
+    pub fn one_int(&self) -> Res<i64> {
+        match self.as_ints()? {
+            [x] => Ok(*x),
+            _ => Err(format!("needs one integer, found shape {:?}", self.dims)),
+        }
+    }
+
+    /// Rank, for tensors.
+    pub fn rank(&self) -> usize {
+        self.dims.len()
+    }
+
+    /// An axis attribute made a position: −1 is the last one.
+    pub fn axis(&self, axis: i64) -> Res<usize> {
+        position(axis, self.rank())
+    }
+
+    /// Elements by position in this value: `pick[i]` becomes element `i` of the result.
+    pub fn pick(&self, dims: Vec<usize>, pick: &(impl Fn(usize) -> usize + Sync)) -> Res<Self> {
+        let n = count(&dims)?;
+        fn take<T: Copy + Send + Sync>(x: &[T], n: usize, pick: &(impl Fn(usize) -> usize + Sync)) -> Vec<T> {
+            (0..n).into_par_iter().with_min_len(1 << 14).map(|i| x[pick(i)]).collect()
+        }
+        let data = match &self.data {
+            Data::F32(x) => Data::F32(Arc::new(take(x, n, pick))),
+            Data::F64(x) => Data::F64(Arc::new(take(x, n, pick))),
+            Data::Int(x) => Data::Int(Arc::new(take(x, n, pick))),
+            Data::Sequence(_) => return Err("needs a tensor, found a sequence".into()),
+        };
+        Ok(Self { dtype: self.dtype, dims, data })
+    }
+
+    /// A view by strides, made contiguous: element `[i, j, …]` is element `offset + i·strides[0] + …` of this value.
+    ///
+    /// The caller's strides must stay inside: each op computes them from checked dimensions.
+    pub fn strided(&self, dims: Vec<usize>, strides: &[isize], offset: usize) -> Res<Self> {
+        count(&dims)?;
+        fn copy<T: Copy + Send + Sync + Default>(x: &[T], dims: &[usize], strides: &[isize], offset: usize) -> Vec<T> {
+            let mut out = vec![T::default(); dims.iter().product()];
+            if out.is_empty() {
+                return out;
+            }
+            let (&inner, outer) = dims.split_last().unwrap_or((&1, &[]));
+            let step = strides.last().copied().unwrap_or(0);
+            let rows = (1usize << 14).div_ceil(inner);
+            out.par_chunks_mut(inner * rows).enumerate().for_each(|(chunk, out)| {
+                for (r, row) in out.chunks_mut(inner).enumerate() {
+                    let mut rest = chunk * rows + r;
+                    let mut at = offset as isize;
+                    for (d, s) in outer.iter().zip(strides).rev() {
+                        at += (rest % d) as isize * s;
+                        rest /= d;
+                    }
+                    match step {
+                        1 => row.copy_from_slice(&x[at as usize..at as usize + inner]),
+                        0 => row.fill(x[at as usize]),
+                        _ => row.iter_mut().enumerate().for_each(|(i, y)| *y = x[(at + i as isize * step) as usize]),
+                    }
+                }
+            });
+            out
+        }
+        let data = match &self.data {
+            Data::F32(x) => Data::F32(Arc::new(copy(x, &dims, strides, offset))),
+            Data::F64(x) => Data::F64(Arc::new(copy(x, &dims, strides, offset))),
+            Data::Int(x) => Data::Int(Arc::new(copy(x, &dims, strides, offset))),
+            Data::Sequence(_) => return Err("needs a tensor, found a sequence".into()),
+        };
+        Ok(Self { dtype: self.dtype, dims, data })
+    }
+
+    /// Broadcast to a shape that this one fits.
+    pub fn broadcast(&self, dims: &[usize]) -> Res<Self> {
+        if self.dims == dims {
+            return Ok(self.clone());
+        }
+        let strides = broadcast_strides(&self.dims, dims)?;
+        self.strided(dims.to_vec(), &strides, 0)
+    }
+
+    /// Axes reordered: axis `i` of the result is axis `perm[i]` of this.
+    pub fn permute(&self, perm: &[usize]) -> Res<Self> {
+        let own = strides(&self.dims);
+        let mut seen = vec![false; self.rank()];
+        for &p in perm {
+            match seen.get_mut(p) {
+                Some(s) if !*s => *s = true,
+                _ => return Err(format!("{perm:?} is no permutation of {} axes", self.rank())),
+            }
+        }
+        if perm.len() != self.rank() {
+            return Err(format!("{perm:?} is no permutation of {} axes", self.rank()));
+        }
+        let dims = perm.iter().map(|&p| self.dims[p]).collect();
+        let strides: Vec<_> = perm.iter().map(|&p| own[p]).collect();
+        self.strided(dims, &strides, 0)
+    }
+}
+
+/// An integer as the type holds it.
+pub fn wrap(dtype: DType, x: i64) -> i64 {
+    match dtype {
+        DType::U8 => x as u8 as i64,
+        DType::I8 => x as i8 as i64,
+        DType::U16 => x as u16 as i64,
+        DType::I16 => x as i16 as i64,
+        DType::U32 => x as u32 as i64,
+        DType::I32 => x as i32 as i64,
+        DType::Bool => i64::from(x != 0),
+        DType::U4 => x & 15,
+        DType::I4 => ((x & 15) ^ 8) - 8,
+        _ => x,
+    }
+}
+
+/// The range of a quantised type.
+pub fn range(dtype: DType) -> Res<(f64, f64)> {
+    Ok(match dtype {
+        DType::U8 => (0., 255.),
+        DType::I8 => (-128., 127.),
+        DType::U16 => (0., 65535.),
+        DType::I16 => (-32768., 32767.),
+        DType::U4 => (0., 15.),
+        DType::I4 => (-8., 7.),
+        DType::I32 => (i32::MIN as f64, i32::MAX as f64),
+        _ => return Err(format!("{dtype:?} is no quantised type")),
+    })
+}
+
+/// An axis attribute made a position among `rank` axes.
+pub fn position(axis: i64, rank: usize) -> Res<usize> {
+    let at = if axis < 0 { axis.checked_add(rank as i64).unwrap_or(-1) } else { axis };
+    if (0..rank as i64).contains(&at) { Ok(at as usize) } else { Err(format!("axis {axis} of a value of rank {rank}")) }
+}
+
+/// Row-major strides.
+pub fn strides(dims: &[usize]) -> Vec<isize> {
+    let mut strides = vec![1isize; dims.len()];
+    for i in (1..dims.len()).rev() {
+        strides[i - 1] = strides[i] * dims[i].max(1) as isize;
+    }
+    strides
+}
+
+/// The shape that both broadcast to, by NumPy's rule.
+pub fn broadcast_dims(a: &[usize], b: &[usize]) -> Res<Vec<usize>> {
+    let rank = a.len().max(b.len());
+    let at = |d: &[usize], i: usize| (i + d.len()).checked_sub(rank).map_or(1, |i| d[i]);
+    let dims = (0..rank).map(|i| match (at(a, i), at(b, i)) {
+        (x, y) if x == y => Ok(x),
+        (1, y) => Ok(y),
+        (x, 1) => Ok(x),
+        _ => Err(format!("shapes {a:?} and {b:?} do not broadcast")),
+    });
+    let dims = dims.collect::<Res<Vec<_>>>()?;
+    count(&dims)?;
+    Ok(dims)
+}
+
+/// Strides that read a value of shape `from` as if it had shape `to`: 0 where it repeats.
+pub fn broadcast_strides(from: &[usize], to: &[usize]) -> Res<Vec<isize>> {
+    let skip =
+        to.len().checked_sub(from.len()).ok_or_else(|| format!("shape {from:?} does not broadcast to {to:?}"))?;
+    let own = strides(from);
+    let mut out = vec![0; to.len()];
+    for (i, (&d, s)) in from.iter().zip(own).enumerate() {
+        if d == to[skip + i] {
+            out[skip + i] = if d == 1 { 0 } else { s };
+        } else if d != 1 {
+            return Err(format!("shape {from:?} does not broadcast to {to:?}"));
+        }
+    }
+    Ok(out)
+}
+
+/// `f(a, b)` for every element of two values of one storage, broadcast; parallel, and the same for any thread count.
+pub fn zip<A, B, C>(a: (&[A], &[usize]), b: (&[B], &[usize]), f: impl Fn(A, B) -> C + Sync) -> Res<(Vec<usize>, Vec<C>)>
+where
+    A: Copy + Sync,
+    B: Copy + Sync,
+    C: Copy + Send + Default,
+{
+    let dims = broadcast_dims(a.1, b.1)?;
+    let (sa, sb) = (broadcast_strides(a.1, &dims)?, broadcast_strides(b.1, &dims)?);
+    // merge neighbouring axes that both operands walk alike, so that the inner loop is long
+    let mut axes: Vec<(usize, isize, isize)> = Vec::new();
+    for ((&d, &x), &y) in dims.iter().zip(&sa).zip(&sb) {
+        if d == 1 {
+            continue;
+        }
+        match axes.last_mut() {
+            Some((n, lx, ly)) if *lx == x * d as isize && *ly == y * d as isize => {
+                (*n, *lx, *ly) = (*n * d, x, y);
+            }
+            _ => axes.push((d, x, y)),
+        }
+    }
+    let mut out = vec![C::default(); dims.iter().product()];
+    if out.is_empty() {
+        return Ok((dims, out));
+    }
+    let (inner, ix, iy) = axes.pop().unwrap_or((1, 0, 0));
+    let at = |mut row: usize| {
+        let (mut x, mut y) = (0, 0);
+        for &(d, sx, sy) in axes.iter().rev() {
+            x += (row % d) as isize * sx;
+            y += (row % d) as isize * sy;
+            row /= d;
+        }
+        (x as usize, y as usize)
+    };
+    let fill = |out: &mut [C], x: usize, y: usize| {
+        let n = out.len();
+        match (ix, iy) {
+            (1, 1) => out.iter_mut().zip(&a.0[x..x + n]).zip(&b.0[y..y + n]).for_each(|((o, &p), &q)| *o = f(p, q)),
+            (1, 0) => out.iter_mut().zip(&a.0[x..x + n]).for_each(|(o, &p)| *o = f(p, b.0[y])),
+            (0, 1) => out.iter_mut().zip(&b.0[y..y + n]).for_each(|(o, &q)| *o = f(a.0[x], q)),
+            _ => {
+                out.iter_mut()
+                    .enumerate()
+                    .for_each(|(i, o)| *o = f(a.0[x + i * ix as usize], b.0[y + i * iy as usize]));
+            }
+        }
+    };
+    if axes.is_empty() {
+        let step = 1 << 14;
+        out.par_chunks_mut(step).enumerate().for_each(|(c, o)| fill(o, c * step * ix as usize, c * step * iy as usize));
+    } else {
+        let rows = (1usize << 14).div_ceil(inner);
+        out.par_chunks_mut(inner * rows).enumerate().for_each(|(c, o)| {
+            for (r, o) in o.chunks_mut(inner).enumerate() {
+                let (x, y) = at(c * rows + r);
+                fill(o, x, y);
+            }
+        });
+    }
+    Ok((dims, out))
+}
