@@ -1,4 +1,8 @@
 //! An ONNX graph as plain data: values are numbers, functions are inlined, nodes are in topological order.
+//!
+//! A `Constant` node keeps its place among the nodes and has exactly one attribute, `value`, an [`Attr::Tensor`], whichever
+//! of `value`, `value_float`, `value_floats`, `value_int`, `value_ints` the file has (only `value_string` and
+//! `value_strings` stay, as [`Attr::Str`] and [`Attr::Strings`]).
 
 use std::collections::BTreeMap;
 
@@ -24,8 +28,17 @@ pub struct Graph {
     pub inputs: Vec<ValueInfo>,
     /// Graph outputs, in order.
     pub outputs: Vec<ValueInfo>,
-    /// Nodes, each after those that make its inputs.
+    /// Nodes, each after those that make its inputs (what the bodies of a node's attributes read included).
     pub nodes: Vec<Node>,
+    /// `metadata_props` of the file.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Graph {
+    /// The name of a value.
+    pub fn name(&self, id: ValueId) -> &str {
+        usize::try_from(id).ok().and_then(|at| self.names.get(at)).map_or("?", String::as_str)
+    }
 }
 
 /// A declared input or output.
@@ -54,6 +67,13 @@ pub struct Node {
     pub outputs: Vec<Option<ValueId>>,
     /// Attributes by name.
     pub attrs: BTreeMap<String, Attr>,
+}
+
+impl Node {
+    /// The operator, with its domain where that is not ONNX's own: `MatMul`, `com.microsoft.Attention`.
+    pub fn operator(&self) -> String {
+        if self.domain.is_empty() { self.op.clone() } else { format!("{}.{}", self.domain, self.op) }
+    }
 }
 
 /// The value of an attribute.
@@ -124,4 +144,52 @@ pub enum DType {
     Bf16,
     U4,
     I4,
+}
+
+impl DType {
+    /// Bits of an element.
+    pub fn bits(self) -> usize {
+        match self {
+            Self::U4 | Self::I4 => 4,
+            Self::U8 | Self::I8 | Self::Bool => 8,
+            Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 16,
+            Self::F32 | Self::I32 | Self::U32 => 32,
+            Self::F64 | Self::I64 | Self::U64 => 64,
+        }
+    }
+
+    /// Bytes of `count` elements; 4-bit types hold two in a byte, rounded up. `None` where that overflows.
+    pub fn bytes(self, count: usize) -> Option<usize> {
+        match self {
+            Self::U4 | Self::I4 => Some(count.div_ceil(2)),
+            other => count.checked_mul(other.bits().div_ceil(8)),
+        }
+    }
+
+    /// ONNX's number for it → the type.
+    pub fn from_onnx(number: i32) -> Option<Self> {
+        Some(match number {
+            1 => Self::F32,
+            2 => Self::U8,
+            3 => Self::I8,
+            4 => Self::U16,
+            5 => Self::I16,
+            6 => Self::I32,
+            7 => Self::I64,
+            9 => Self::Bool,
+            10 => Self::F16,
+            11 => Self::F64,
+            12 => Self::U32,
+            13 => Self::U64,
+            16 => Self::Bf16,
+            21 => Self::U4,
+            22 => Self::I4,
+            _ => return None,
+        })
+    }
+
+    /// It is a floating-point type.
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::F64 | Self::Bf16)
+    }
 }

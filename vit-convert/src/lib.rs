@@ -1,12 +1,16 @@
 //! Converts a Vision Transformer from any ONNX exporter to safetensors under timm's names.
 
 pub mod axes;
+mod error;
 pub mod eval;
 pub mod explain;
 pub mod expr;
 pub mod graph;
+mod map;
 pub mod onnx;
 pub mod recognise;
 pub mod spec;
 pub mod verify;
 pub mod write;
+
+pub use error::{Error, Result};
