@@ -177,6 +177,9 @@ pub struct PreLogits {
 }
 
 /// How a photograph becomes the model's input, under the names of timm's `pretrained_cfg`.
+///
+/// The picture is resized (by `resize` if that is there, else by `crop_mode` and `crop_pct`), cropped at its centre to
+/// `input_size` (padded, where it is smaller), divided by 255 and normalised.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PreprocessConfig {
@@ -186,12 +189,34 @@ pub struct PreprocessConfig {
     pub interpolation: String,
     /// The resize target is `floor(size / crop_pct)`; the crop is `size`.
     pub crop_pct: f64,
-    /// `center`, `squash` or `border`, as in timm's `transforms_factory.py`.
+    /// `center`, `squash` or `border`, as in timm's `transforms_factory.py`; `none` with a `resize` that no crop follows.
     pub crop_mode: String,
     /// Subtracted per channel, after `/255`.
     pub mean: Vec<f64>,
     /// Divided by per channel, after the mean.
     pub std: Vec<f64>,
+    /// A resize that `crop_pct` cannot express (Hugging Face's `size`); it takes the place of `crop_mode` and `crop_pct`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub resize: Option<Resize>,
+    /// The crop's offset is rounded down, as Hugging Face's processors do, not half to even as torchvision does.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub crop_floor: bool,
+}
+
+/// The size that a picture is resized to before the crop, in pixels (the forms of Hugging Face's `size`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resize {
+    /// Not resized.
+    None,
+    /// `[height, width]`, whatever the picture's aspect ratio.
+    Exact([usize; 2]),
+    /// The shorter edge; the longer one follows.
+    ShortestEdge(usize),
+    /// `[shortest, longest]`: the shorter edge, or less where the longer one would grow beyond its own limit.
+    Edges([usize; 2]),
+    /// `[max_height, max_width]`: as large as fits into both.
+    Within([usize; 2]),
 }
 
 impl PreprocessConfig {
@@ -205,6 +230,8 @@ impl PreprocessConfig {
             crop_mode: "center".into(),
             mean: vec![0.5; config.in_chans],
             std: vec![0.5; config.in_chans],
+            resize: None,
+            crop_floor: false,
         }
     }
 }

@@ -5,6 +5,8 @@ pub mod cpu;
 mod error;
 #[cfg(feature = "hub")]
 pub mod hub;
+#[cfg(feature = "image")]
+pub mod image;
 pub mod labels;
 pub mod load;
 pub mod names;
@@ -12,11 +14,14 @@ pub mod pos_embed;
 pub mod predictor;
 #[cfg(feature = "image")]
 pub mod preprocess;
+mod preprocess_config;
 pub mod tap;
 pub mod vit;
 pub mod weights;
 
-pub use config::{Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig};
+pub use config::{
+    Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig, Resize,
+};
 pub use error::{Error, Result};
 pub use vit::VisionTransformer;
 pub use weights::{Dtype, TensorInfo, Weights};
