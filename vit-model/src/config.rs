@@ -257,6 +257,21 @@ pub struct ModelInfo {
     pub verified: Option<serde_json::Value>,
 }
 
+impl ModelInfo {
+    /// Refuses what no model can have.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        if let Some(labels) = self.labels.as_ref().filter(|labels| labels.len() != self.model.num_classes) {
+            let classes = self.model.num_classes;
+            return Err(Error::Config(format!(
+                "`labels` must be {classes} names, one per class, found {}",
+                labels.len()
+            )));
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// Rows and columns of patches: `floor(img_size / patch_size)`.
     pub fn grid(&self) -> [usize; 2] {

@@ -69,4 +69,13 @@ impl Error {
     pub fn tensor(name: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Tensor { name: name.into(), why: why.into() }
     }
+
+    /// Names the file, unless the error does already.
+    #[must_use]
+    pub fn within(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Io { .. } | Self::File { .. } => self,
+            other => Self::File { path: path.into(), why: other.to_string() },
+        }
+    }
 }

@@ -3,10 +3,12 @@
 pub mod config;
 pub mod cpu;
 mod error;
+mod folder;
 #[cfg(feature = "hub")]
 pub mod hub;
 #[cfg(feature = "image")]
 pub mod image;
+mod json;
 pub mod labels;
 pub mod load;
 pub mod names;
@@ -15,6 +17,7 @@ pub mod predictor;
 #[cfg(feature = "image")]
 pub mod preprocess;
 mod preprocess_config;
+pub mod safetensors;
 pub mod tap;
 pub mod vit;
 pub mod weights;

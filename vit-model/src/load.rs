@@ -1,1 +1,247 @@
-//! load
+//! A file or a folder → [`Checkpoint`]: the document and the weights under timm's names, every name and shape checked.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Read,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+
+use crate::{
+    Config, Error, ModelInfo, Result, VisionTransformer, json,
+    safetensors::Safetensors,
+    weights::{Dtype, Weights},
+};
+
+/// A model that can be built: on any device, by the candle modules or by the CPU engine.
+#[derive(Clone)]
+pub struct Checkpoint {
+    /// Architecture, preprocessing, labels, origin.
+    pub info: ModelInfo,
+    /// The tensors, under timm's names.
+    pub weights: Arc<dyn Weights>,
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoint").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    /// Ties a document to weights.
+    ///
+    /// # Errors
+    /// An impossible document; a tensor that is missing, left over or of another shape than the architecture implies.
+    pub fn new(info: ModelInfo, weights: Arc<dyn Weights>) -> Result<Self> {
+        info.validate()?;
+        check(&info.model, weights.as_ref())?;
+        Ok(Self { info, weights })
+    }
+
+    /// The model as candle modules.
+    ///
+    /// # Errors
+    /// A file that can no longer be read, weights that are not finite, a lack of memory.
+    pub fn model(&self, dtype: DType, device: &Device) -> Result<VisionTransformer> {
+        VisionTransformer::from_weights(&self.info.model, self.weights.as_ref(), dtype, device)
+    }
+}
+
+/// Opens a safetensors file of ours, or a folder as found on the Hub.
+///
+/// # Errors
+/// What is there and why it cannot be used, with the path.
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    let meta = fs::metadata(path).map_err(Error::io(path))?;
+    if meta.is_dir() { crate::folder::open(path) } else { ours(Safetensors::open(path)?) }
+}
+
+/// A safetensors file of ours that is part of the program; `name` stands for its path in errors.
+///
+/// # Errors
+/// As [`open`].
+pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Checkpoint> {
+    ours(Safetensors::from_bytes(name, bytes)?)
+}
+
+pub(crate) fn ours(file: Safetensors) -> Result<Checkpoint> {
+    let path = file.path().to_owned();
+    let Some(text) = file.metadata().get("config") else {
+        return Err(Error::file(
+            path,
+            "carries no configuration: it was not written by vit-convert. If it came with a config.json, name the folder that holds both",
+        ));
+    };
+    let info = document(text).map_err(|why| Error::file(&path, format!("its configuration {why}")))?;
+    if let Some(other) = file.others().first() {
+        return Err(Error::file(&path, format!("tensor `{other}` is left over: not a tensor of weights")));
+    }
+    Checkpoint::new(info, Arc::new(file)).map_err(|error| error.within(&path))
+}
+
+/// The document that a file of ours carries.
+fn document(text: &str) -> Result<ModelInfo, String> {
+    let value = json::parse(text.as_bytes())?;
+    if let Some(version) = value.get("vit").filter(|version| **version != 1) {
+        return Err(format!("is of version {version}, this program reads version 1: update it"));
+    }
+    serde_json::from_value(value).map_err(|error| format!("cannot be understood: {error}"))
+}
+
+/// A whole small file.
+pub(crate) fn small_file(path: &Path) -> Result<Vec<u8>> {
+    // looked at before it is opened, because opening a pipe waits
+    let meta = fs::metadata(path).map_err(Error::io(path))?;
+    if !meta.is_file() {
+        return Err(Error::file(path, "is not a regular file"));
+    }
+    let file = fs::File::open(path).map_err(Error::io(path))?;
+    let mut bytes = Vec::new();
+    file.take(json::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    Ok(bytes)
+}
+
+/// Every parameter of an architecture: name → shape. Nothing is allocated for it.
+///
+/// The list is what [`VisionTransformer::new`] asks for, so that the two cannot differ.
+///
+/// # Errors
+/// An impossible configuration.
+pub fn parameters(config: &Config) -> Result<BTreeMap<String, Vec<usize>>> {
+    let list = Arc::new(Mutex::new(BTreeMap::new()));
+    let backend: Box<dyn SimpleBackend> = Box::new(Lister(list.clone()));
+    VisionTransformer::new(config, VarBuilder::from_backend(backend, DType::F32, Device::Cpu))?;
+    let list = list.lock().map(|list| list.clone());
+    list.map_err(|_| Error::Config("the parameters could not be listed".into()))
+}
+
+/// Compares names and shapes with what an architecture implies; says all that is wrong at once.
+///
+/// # Errors
+/// The tensors that are missing, left over or of another shape.
+pub fn check(config: &Config, weights: &dyn Weights) -> Result<()> {
+    let expected = parameters(config)?;
+    let found = weights.tensors();
+    let list = |names: &[&str]| {
+        let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        if names.len() > 5 { format!("{shown} and {} more", names.len() - 5) } else { shown }
+    };
+    for (name, shape) in &expected {
+        if let Some(info) = found.get(name).filter(|info| info.shape != *shape) {
+            return Err(Error::tensor(name, format!("expected the shape {shape:?}, found {:?}", info.shape)));
+        }
+    }
+    let missing: Vec<_> = expected.keys().filter(|name| !found.contains_key(*name)).map(String::as_str).collect();
+    let left: Vec<_> = found.keys().filter(|name| !expected.contains_key(*name)).map(String::as_str).collect();
+    let why = match (missing.as_slice(), left.as_slice()) {
+        ([], []) => return Ok(()),
+        (missing, []) => format!("missing: {}", list(missing)),
+        ([], left) => format!("left over: {}", list(left)),
+        (missing, left) => format!("missing: {}; left over: {}", list(missing), list(left)),
+    };
+    let name = missing.first().or(left.first()).copied().unwrap_or_default();
+    Err(Error::tensor(name, format!("the tensors are not those of the configured architecture; {why}")))
+}
+
+impl VisionTransformer {
+    /// A model with weights from a file, an importer or a program.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape or not finite; a lack of memory.
+    pub fn from_weights(config: &Config, weights: &dyn Weights, dtype: DType, device: &Device) -> Result<Self> {
+        // candle's errors are strings; ours goes around it and keeps its kind
+        let failure = Mutex::new(None);
+        let backend: Box<dyn SimpleBackend + '_> = Box::new(Reader { weights, failure: &failure });
+        let model = Self::new(config, VarBuilder::from_backend(backend, dtype, device.clone()));
+        match failure.into_inner() {
+            Ok(Some(error)) => Err(error),
+            _ => model,
+        }
+    }
+
+    /// A model from a file or folder, in f32 on a device; see [`open`].
+    ///
+    /// # Errors
+    /// As [`open`] and [`Checkpoint::model`].
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        open(path)?.model(DType::F32, device)
+    }
+}
+
+/// A `VarBuilder`'s view of [`Weights`].
+struct Reader<'a> {
+    weights: &'a dyn Weights,
+    /// The first error, with its kind: candle's interface has room for a string only.
+    failure: &'a Mutex<Option<Error>>,
+}
+
+impl Reader<'_> {
+    fn tensor(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+        let info = self.weights.tensors().get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        if let Some(shape) = shape.filter(|shape| shape.dims() != info.shape) {
+            return Err(Error::tensor(name, format!("expected the shape {:?}, found {:?}", shape.dims(), info.shape)));
+        }
+        let stored = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::Bf16 => DType::BF16,
+            Dtype::F64 => DType::F64,
+        };
+        let bytes = self.weights.read(name)?;
+        let tensor = if stored == dtype || device.is_cpu() {
+            Tensor::from_raw_buffer(&bytes, stored, &info.shape, device)?
+        } else {
+            Tensor::from_raw_buffer(&bytes, stored, &info.shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?
+        };
+        Ok(tensor.to_dtype(dtype)?)
+    }
+
+    fn get(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        self.tensor(name, shape, dtype, device).map_err(|error| {
+            let message = error.to_string();
+            if let Ok(mut failure) = self.failure.lock() {
+                failure.get_or_insert(error);
+            }
+            candle_core::Error::Msg(message)
+        })
+    }
+}
+
+impl SimpleBackend for Reader<'_> {
+    fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        self.get(name, Some(&s), dtype, dev)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        self.get(name, None, dtype, dev)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.weights.tensors().contains_key(name)
+    }
+}
+
+/// Notes what a model asks for, and answers with a zero that is broadcast: no memory, whatever the size.
+struct Lister(Arc<Mutex<BTreeMap<String, Vec<usize>>>>);
+
+impl SimpleBackend for Lister {
+    fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        if let Ok(mut list) = self.0.lock() {
+            list.insert(name.to_owned(), s.dims().to_vec());
+        }
+        Tensor::zeros((), dtype, dev)?.broadcast_as(s)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("`{name}` is asked for without a shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        true
+    }
+}

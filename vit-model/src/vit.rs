@@ -257,7 +257,7 @@ impl Mlp {
 
 /// `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`.
 #[derive(Clone, Debug)]
-struct StandardBlock {
+pub(crate) struct StandardBlock {
     norm1: Norm,
     attn: Attention,
     ls1: Option<LayerScale>,
@@ -289,7 +289,7 @@ impl StandardBlock {
 
 /// `x + norm1(attn(x))`, then `x + norm2(mlp(x))`: norms at the end of the branches.
 #[derive(Clone, Debug)]
-struct ResPostBlock {
+pub(crate) struct ResPostBlock {
     attn: Attention,
     norm1: Norm,
     mlp: Mlp,
@@ -358,7 +358,7 @@ impl ParallelIn {
 
 /// `x + ls(attention(x) + mlp(x))`, both from one norm and projection.
 #[derive(Clone, Debug)]
-struct ParallelScalingBlock {
+pub(crate) struct ParallelScalingBlock {
     input: ParallelIn,
     attn_out_proj: Linear,
     mlp_out_proj: Linear,
@@ -391,7 +391,7 @@ impl ParallelScalingBlock {
 
 /// `ParallelScalingBlock` with differential attention: each head subtracts a second attention, times a learned λ.
 #[derive(Clone, Debug)]
-struct DiffParallelScalingBlock {
+pub(crate) struct DiffParallelScalingBlock {
     input: ParallelIn,
     lambda_q1: Tensor,
     lambda_k1: Tensor,
@@ -460,7 +460,7 @@ impl<F> Branch<F> {
 
 /// Two attentions side by side, then two MLPs side by side.
 #[derive(Clone, Debug)]
-struct ParallelThingsBlock {
+pub(crate) struct ParallelThingsBlock {
     attns: [Branch<Attention>; 2],
     ffns: [Branch<Mlp>; 2],
 }

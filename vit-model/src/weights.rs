@@ -74,3 +74,25 @@ pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
             .collect(),
     }
 }
+
+/// Refuses NaN and infinities: such weights make every answer NaN, and none of them meaningful.
+///
+/// # Errors
+/// The tensor's name, and the index of the first such element.
+pub fn check_finite(name: &str, dtype: Dtype, bytes: &[u8]) -> crate::Result<()> {
+    // an exponent of all ones: infinite, or not a number
+    let bad = match dtype {
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .position(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::F16 => bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7c00 == 0x7c00),
+        Dtype::Bf16 => bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 == 0x7f80),
+        Dtype::F64 => bytes.chunks_exact(8).position(|b| b[7] & 0x7f == 0x7f && b[6] & 0xf0 == 0xf0),
+    };
+    match bad {
+        None => Ok(()),
+        Some(at) => {
+            Err(crate::Error::tensor(name, format!("element {at} is not a finite number; the file is damaged")))
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! A safetensors file as [`Weights`]: the header is checked whole, the tensors are read one at a time.
+//!
+//! No mapping: a file that somebody truncates under a map kills the process. A read ends in an error instead.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::{
+    Error, Result,
+    weights::{Dtype, TensorInfo, Weights, check_finite},
+};
+
+/// Bytes of a header at most, as the format says.
+const MAX_HEADER: usize = 100_000_000;
+/// Dimensions of a tensor at most.
+const MAX_RANK: usize = 32;
+
+/// A checked safetensors file.
+#[derive(Debug)]
+pub struct Safetensors {
+    /// For errors.
+    path: PathBuf,
+    source: Source,
+    /// Where the data begin.
+    start: usize,
+    tensors: BTreeMap<String, TensorInfo>,
+    /// Offset of each tensor behind `start`, and its length.
+    places: BTreeMap<String, (usize, usize)>,
+    others: Vec<String>,
+    metadata: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+enum Source {
+    File(File),
+    Memory(&'static [u8]),
+}
+
+impl Source {
+    fn read_exact_at(&self, out: &mut [u8], offset: usize) -> std::io::Result<()> {
+        match self {
+            Self::Memory(bytes) => match offset.checked_add(out.len()).and_then(|end| bytes.get(offset..end)) {
+                Some(part) => {
+                    out.copy_from_slice(part);
+                    Ok(())
+                }
+                None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+            },
+            Self::File(file) => read_exact_at(file, out, offset as u64),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !out.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                out = &mut out[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Safetensors {
+    /// Opens a file and checks its header.
+    ///
+    /// # Errors
+    /// No regular file, or one whose header does not describe exactly the bytes behind it.
+    pub fn open(path: &Path) -> Result<Self> {
+        // looked at before it is opened, because opening a pipe waits
+        let meta = fs::metadata(path).map_err(Error::io(path))?;
+        if !meta.is_file() {
+            return Err(Error::file(path, "is not a regular file"));
+        }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let len = file.metadata().map_err(Error::io(path))?.len();
+        let len = usize::try_from(len).map_err(|_| Error::file(path, "is larger than this machine's memory"))?;
+        Self::new(path, Source::File(file), len)
+    }
+
+    /// A file that is part of the program; `name` stands for its path in errors.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        Self::new(Path::new(name), Source::Memory(bytes), bytes.len())
+    }
+
+    fn new(path: &Path, source: Source, len: usize) -> Result<Self> {
+        let fail = |why: String| Error::file(path, why);
+        if len == 0 {
+            return Err(fail("is an empty file".into()));
+        }
+        let mut first = [0; 8];
+        let known = len.min(8);
+        source.read_exact_at(&mut first[..known], 0).map_err(Error::io(path))?;
+        if let Some(what) = looks_like(&source, len) {
+            return Err(fail(format!("is no safetensors file but {what}")));
+        }
+        if len < 8 {
+            return Err(fail(format!("has {len} bytes, too few for a safetensors file (was it copied completely?)")));
+        }
+        let header_len = u64::from_le_bytes(first);
+        let header_len = usize::try_from(header_len).ok().filter(|&n| n <= MAX_HEADER).ok_or_else(|| {
+            fail(format!(
+                "announces a header of {header_len} bytes, at most {MAX_HEADER} exist: not a safetensors file"
+            ))
+        })?;
+        if header_len > len - 8 {
+            return Err(fail(format!("ends within its header of {header_len} bytes (was it copied completely?)")));
+        }
+        let mut header = vec![0; header_len];
+        source.read_exact_at(&mut header, 8).map_err(Error::io(path))?;
+        let header: Header =
+            serde_json::from_slice(&header).map_err(|error| fail(format!("has a damaged header: {error}")))?;
+        let start = 8 + header_len;
+        let mut file = Self {
+            path: path.to_owned(),
+            source,
+            start,
+            tensors: BTreeMap::new(),
+            places: BTreeMap::new(),
+            others: Vec::new(),
+            metadata: header.metadata,
+        };
+        file.add(header.entries, len - start)?;
+        Ok(file)
+    }
+
+    /// Checks each tensor, and that together they fill the file without a gap.
+    fn add(&mut self, mut entries: Vec<(String, Entry)>, data_len: usize) -> Result<()> {
+        entries.sort_by_key(|(_, entry)| entry.data_offsets);
+        let mut at = 0;
+        for (name, entry) in entries {
+            let [begin, end] = entry.data_offsets;
+            if begin != at || end < begin {
+                let why =
+                    format!("lies at bytes {begin} to {end}, expected it to begin at {at}: the header is damaged");
+                return Err(self.damaged(&name, &why));
+            }
+            at = end;
+            if entry.shape.len() > MAX_RANK {
+                return Err(self.damaged(&name, &format!("has {} dimensions", entry.shape.len())));
+            }
+            let Some(size) = element_size(&entry.dtype) else {
+                return Err(self.damaged(&name, &format!("has the unknown type {:?}", entry.dtype)));
+            };
+            let count = entry.shape.iter().try_fold(size, |n, &d| n.checked_mul(d));
+            if count != Some(end - begin) {
+                let why = format!("is {} {:?}, which does not fit its {} bytes", entry.dtype, entry.shape, end - begin);
+                return Err(self.damaged(&name, &why));
+            }
+            match dtype(&entry.dtype) {
+                Some(dtype) => {
+                    self.places.insert(name.clone(), (begin, end - begin));
+                    self.tensors.insert(name, TensorInfo { dtype, shape: entry.shape });
+                }
+                None => self.others.push(name),
+            }
+        }
+        if at != data_len {
+            let why = format!("holds {data_len} bytes of data, its header describes {at} (was it copied completely?)");
+            return Err(Error::file(&self.path, why));
+        }
+        Ok(())
+    }
+
+    fn damaged(&self, name: &str, why: &str) -> Error {
+        Error::file(&self.path, format!("tensor `{name}` {why}"))
+    }
+
+    /// The strings of `__metadata__`.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Names of the tensors of integer or boolean type, which no ViT needs.
+    pub fn others(&self) -> &[String] {
+        &self.others
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Weights for Safetensors {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let missing = || Error::file(&self.path, format!("has no tensor `{name}`"));
+        let &(offset, len) = self.places.get(name).ok_or_else(missing)?;
+        let info = self.tensors.get(name).ok_or_else(missing)?;
+        let mut out = vec![0; len];
+        self.source.read_exact_at(&mut out, self.start + offset).map_err(Error::io(&self.path))?;
+        check_finite(name, info.dtype, &out)?;
+        Ok(out)
+    }
+}
+
+/// The types that weights have.
+fn dtype(name: &str) -> Option<Dtype> {
+    [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::F64].into_iter().find(|dtype| dtype.name() == name)
+}
+
+/// Bytes of an element of any type of the format.
+fn element_size(dtype: &str) -> Option<usize> {
+    Some(match dtype {
+        "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => 1,
+        "U16" | "I16" | "F16" | "BF16" => 2,
+        "U32" | "I32" | "F32" => 4,
+        "U64" | "I64" | "F64" | "C64" => 8,
+        _ => return None,
+    })
+}
+
+/// What a file that is no safetensors file looks like.
+fn looks_like(source: &Source, len: usize) -> Option<&'static str> {
+    let mut start = vec![0; len.min(64)];
+    source.read_exact_at(&mut start, 0).ok()?;
+    let kinds: [(&[u8], &str); 6] = [
+        (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+        (b"PK\x03\x04", "a zip archive (perhaps a PyTorch checkpoint): save it as safetensors first"),
+        (b"\x80\x02", "a Python pickle (perhaps a PyTorch checkpoint): save it as safetensors first"),
+        (b"\x1f\x8b", "a gzip archive: unpack it first"),
+        (b"\x89HDF", "an HDF5 file (perhaps a Keras model)"),
+        (b"GGUF", "a GGUF file"),
+    ];
+    if let Some((_, what)) = kinds.iter().find(|(magic, _)| start.starts_with(magic)) {
+        return Some(what);
+    }
+    let text = String::from_utf8_lossy(&start).trim_start().to_ascii_lowercase();
+    if text.starts_with("<!doctype") || text.starts_with("<html") || text.starts_with("<?xml") {
+        return Some("a web page: the download went wrong");
+    }
+    if start.iter().all(|&b| b == 0) {
+        return Some("a file of zeros: the download or copy went wrong");
+    }
+    None
+}
+
+/// The JSON header, in which no name may stand twice.
+struct Header {
+    metadata: BTreeMap<String, String>,
+    entries: Vec<(String, Entry)>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [usize; 2],
+}
+
+/// `__metadata__`: strings under keys that stand once.
+struct Metadata(BTreeMap<String, String>);
+
+/// Reads an object entry by entry, and refuses a key that stands twice.
+fn unique<'de, A: MapAccess<'de>>(
+    map: &mut A,
+    mut each: impl FnMut(&mut A, String) -> Result<(), A::Error>,
+) -> Result<(), A::Error> {
+    let mut seen = std::collections::HashSet::new();
+    while let Some(key) = map.next_key::<String>()? {
+        if !seen.insert(key.clone()) {
+            return Err(A::Error::custom(format_args!("the key {key:?} stands twice")));
+        }
+        each(map, key)?;
+    }
+    Ok(())
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visit;
+        impl<'de> Visitor<'de> for Visit {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut strings = BTreeMap::new();
+                unique(&mut map, |map, key| {
+                    strings.insert(key, map.next_value()?);
+                    Ok(())
+                })?;
+                Ok(Metadata(strings))
+            }
+        }
+        deserializer.deserialize_map(Visit)
+    }
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visit;
+        impl<'de> Visitor<'de> for Visit {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut header = Header { metadata: BTreeMap::new(), entries: Vec::new() };
+                unique(&mut map, |map, key| {
+                    if key == "__metadata__" {
+                        header.metadata = map.next_value::<Metadata>()?.0;
+                    } else {
+                        header.entries.push((key, map.next_value()?));
+                    }
+                    Ok(())
+                })?;
+                Ok(header)
+            }
+        }
+        deserializer.deserialize_map(Visit)
+    }
+}
