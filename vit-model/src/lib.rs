@@ -26,5 +26,6 @@ pub use config::{
     Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig, Resize,
 };
 pub use error::{Error, Result};
+pub use predictor::Predictor;
 pub use vit::VisionTransformer;
 pub use weights::{Dtype, TensorInfo, Weights};

@@ -1,1 +1,300 @@
-//! predictor
+//! `Predictor`: a checkpoint that answers. It picks what runs it (the CPU engine or candle's modules), preprocesses images as
+//! the checkpoint says, and names the classes.
+
+use candle_core::{DType, Device, Tensor};
+
+#[cfg(feature = "image")]
+use crate::image::Image;
+use crate::labels::{self, Prediction};
+use crate::load::Checkpoint;
+#[cfg(feature = "image")]
+use crate::preprocess::Preprocess;
+use crate::{Config, Error, ModelInfo, Pool, Result, VisionTransformer};
+
+/// How precisely a model computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// The fastest that is f32-grade on this machine.
+    #[default]
+    Auto,
+    /// IEEE 754 single throughout.
+    F32,
+    /// Three bf16 products for one of f32 grade: logits within 1e-4 relative of f32 (CPU only).
+    Bf16x3,
+    /// bfloat16 products, f32 sums.
+    Bf16,
+    /// IEEE 754 half (GPU only).
+    F16,
+}
+
+impl Precision {
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16x3 => "bf16x3",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}
+
+/// Where and how a [`Predictor`] runs.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The device; on a CPU the engine runs where it covers the model.
+    pub device: Device,
+    /// How precisely.
+    pub precision: Precision,
+    /// CPU threads; `None`: the physical cores that this process may use.
+    pub threads: Option<usize>,
+    /// Use candle's modules on a CPU, too.
+    pub modules: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { device: Device::Cpu, precision: Precision::Auto, threads: None, modules: false }
+    }
+}
+
+/// What a model puts out for a batch, row-major f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// `[B, num_classes]`, where there is a head (`[B, N, num_classes]` without pooling).
+    pub logits: Option<Vec<f32>>,
+    /// `[B, N, D]`: timm's `forward_features`.
+    pub features: Vec<f32>,
+    /// `[B, D]`: what the head reads (`[B, N, D]` without pooling).
+    pub pre_logits: Vec<f32>,
+}
+
+/// Which path runs a model, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// The kernels: `amx`, `avx512`, `avx2`, `portable` of the CPU engine; `candle-cpu`, `candle-cuda`, `candle-metal`.
+    pub kernel: String,
+    /// `f32`, `bf16x3`, `bf16` or `f16`.
+    pub precision: String,
+    /// CPU threads.
+    pub threads: usize,
+    /// Why candle's modules run on a CPU, where they do.
+    pub why: Option<String>,
+}
+
+/// A checkpoint, ready to answer.
+///
+#[cfg_attr(feature = "image", doc = "```")]
+#[cfg_attr(not(feature = "image"), doc = "```ignore")]
+/// use vit_model::{Predictor, image::Image};
+///
+/// # fn main() -> vit_model::Result<()> {
+/// let predictor = Predictor::open("../weights/digits/model.safetensors")?;
+/// let image = Image::open("../weights/digits/samples/3.png".as_ref(), true)?;
+/// let answers = predictor.predict(&[image])?;
+/// for best in &answers[0][..3] {
+///     println!("{:6.2} %  {}", best.probability * 100.0, best.label);
+/// }
+/// assert_eq!(answers[0][0].label, "3");
+/// # Ok(())
+/// # }
+/// ```
+///
+/// It is `Send + Sync`: several threads may ask one predictor at once.
+pub struct Predictor {
+    info: ModelInfo,
+    #[cfg(feature = "image")]
+    preprocess: Preprocess,
+    model: Model,
+    backend: Backend,
+}
+
+enum Model {
+    Modules { vit: Box<VisionTransformer>, device: Device, dtype: DType, pool: Option<rayon::ThreadPool> },
+}
+
+impl Predictor {
+    /// A checkpoint's file or folder (see [`load::open`](crate::load::open)), on the CPU with the default options.
+    ///
+    /// # Errors
+    /// As [`load::open`](crate::load::open) and [`new`](Self::new).
+    pub fn open(path: impl AsRef<std::path::Path>) -> Result<Self> {
+        Self::new(&crate::load::open(path.as_ref())?, &Options::default())
+    }
+
+    /// Loads the checkpoint's weights for what will run them.
+    ///
+    /// # Errors
+    /// A configuration or tensors that do not fit, a precision that the device does not have, a lack of memory.
+    pub fn new(checkpoint: &Checkpoint, options: &Options) -> Result<Self> {
+        let info = checkpoint.info.clone();
+        #[cfg(feature = "image")]
+        let preprocess = Preprocess::new(&info.preprocess)?;
+        let (model, backend) = Model::new(checkpoint, options)?;
+        Ok(Self {
+            info,
+            #[cfg(feature = "image")]
+            preprocess,
+            model,
+            backend,
+        })
+    }
+
+    /// The checkpoint's configuration, labels and origin.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Config {
+        &self.info.model
+    }
+
+    /// What runs the model.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// How images become the input.
+    #[cfg(feature = "image")]
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    /// The classes of each image, the most probable first; all of them.
+    ///
+    /// # Errors
+    /// An image that cannot be preprocessed, a model without a head, an answer that is not finite.
+    #[cfg(feature = "image")]
+    pub fn predict(&self, images: &[Image]) -> Result<Vec<Vec<Prediction>>> {
+        use rayon::prelude::*;
+        let pixels: Vec<Vec<f32>> = images.par_iter().map(|i| self.preprocess.apply(i)).collect::<Result<_>>()?;
+        let output = self.forward(&pixels.concat(), images.len())?;
+        self.rows(&output, images.len())?.map(|row| self.classify(row, usize::MAX)).collect()
+    }
+
+    /// `pixels` `[B, C, H, W]`, normalised → what the model puts out.
+    ///
+    /// # Errors
+    /// Another number of pixels than the model reads; a lack of memory.
+    pub fn forward(&self, pixels: &[f32], batch: usize) -> Result<Output> {
+        let config = self.config();
+        let [h, w] = config.img_size;
+        let image = config.in_chans * h * w;
+        if batch == 0 || image.checked_mul(batch) != Some(pixels.len()) {
+            let c = config.in_chans;
+            return Err(Error::Input(format!(
+                "the model reads [{batch}, {c}, {h}, {w}], found {} values",
+                pixels.len()
+            )));
+        }
+        self.model.forward(config, pixels, batch)
+    }
+
+    /// The logits of each image of a batch.
+    ///
+    /// # Errors
+    /// A model without a head, or whose head answers per token.
+    pub fn rows<'a>(&self, output: &'a Output, batch: usize) -> Result<impl Iterator<Item = &'a [f32]> + use<'a>> {
+        let config = self.config();
+        let logits = output.logits.as_deref().ok_or_else(|| {
+            Error::Unsupported(
+                "this model has no head and names no classes; its features are what it has to give".into(),
+            )
+        })?;
+        if logits.len() != batch * config.num_classes {
+            return Err(Error::Unsupported("the head of this model answers per token, not per image".into()));
+        }
+        Ok(logits.chunks_exact(config.num_classes))
+    }
+
+    /// The `k` best classes of one image's logits.
+    ///
+    /// # Errors
+    /// A logit that is not finite.
+    pub fn classify(&self, logits: &[f32], k: usize) -> Result<Vec<Prediction>> {
+        labels::predictions(logits, self.info.labels.as_deref(), k)
+    }
+
+    /// The shapes of [`Output::logits`], [`Output::features`] and [`Output::pre_logits`] for a batch.
+    pub fn shapes(&self, batch: usize) -> [Vec<usize>; 3] {
+        let config = self.config();
+        let tokens = config.num_tokens();
+        let per_token = config.global_pool == Pool::None && !config.dist_token;
+        let shape = |width| if per_token { vec![batch, tokens, width] } else { vec![batch, width] };
+        let width = match &config.pre_logits {
+            Some(pre) if !config.dist_token => pre.size,
+            _ => config.embed_dim,
+        };
+        [shape(config.num_classes), vec![batch, tokens, config.embed_dim], shape(width)]
+    }
+}
+
+impl Model {
+    fn new(checkpoint: &Checkpoint, options: &Options) -> Result<(Self, Backend)> {
+        let why = None;
+        Self::modules(checkpoint, options, why)
+    }
+
+    /// candle's modules: every device, every switch of the family.
+    fn modules(checkpoint: &Checkpoint, options: &Options, why: Option<String>) -> Result<(Self, Backend)> {
+        let device = options.device.clone();
+        let dtype = match (options.precision, device.is_cpu()) {
+            (Precision::Auto | Precision::F32, _) => DType::F32,
+            (Precision::Bf16, false) => DType::BF16,
+            (Precision::F16, false) => DType::F16,
+            (precision, on_cpu) => {
+                let (name, place) = (precision.name(), if on_cpu { "candle's CPU modules" } else { "a GPU" });
+                let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+                return Err(Error::Unsupported(format!("precision {name} on {place}{why}")));
+            }
+        };
+        let vit = VisionTransformer::from_weights(&checkpoint.info.model, &*checkpoint.weights, dtype, &device)?;
+        let pool = match options.threads {
+            Some(threads) if device.is_cpu() => Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .map_err(|e| Error::Unsupported(format!("{threads} threads: {e}")))?,
+            ),
+            _ => None,
+        };
+        let kernel = match device {
+            Device::Cpu => "candle-cpu",
+            Device::Cuda(_) => "candle-cuda",
+            Device::Metal(_) => "candle-metal",
+        };
+        let precision = match dtype {
+            DType::BF16 => "bf16",
+            DType::F16 => "f16",
+            _ => "f32",
+        };
+        let threads = pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads);
+        let backend = Backend { kernel: kernel.into(), precision: precision.into(), threads, why };
+        Ok((Self::Modules { vit: Box::new(vit), device, dtype, pool }, backend))
+    }
+
+    fn forward(&self, config: &Config, pixels: &[f32], batch: usize) -> Result<Output> {
+        match self {
+            Self::Modules { vit, device, dtype, pool } => {
+                let run = || {
+                    let [h, w] = config.img_size;
+                    let x = Tensor::from_slice(pixels, (batch, config.in_chans, h, w), device)?.to_dtype(*dtype)?;
+                    let features = vit.forward_features(&x)?; // [B, N, D]
+                    let values = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+                    let logits = match config.num_classes {
+                        0 => None,
+                        _ => Some(values(&vit.forward_head(&features, false)?)?),
+                    };
+                    let pre_logits = values(&vit.forward_head(&features, true)?)?;
+                    Ok(Output { logits, features: values(&features)?, pre_logits })
+                };
+                match pool {
+                    Some(pool) => pool.install(run),
+                    None => run(),
+                }
+            }
+        }
+    }
+}
