@@ -1,1 +1,8 @@
-//! x
+//! The built programs over the fixtures, a file per topic.
+
+mod commands;
+mod digits;
+mod forward;
+mod predict;
+mod process;
+mod support;

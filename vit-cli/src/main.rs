@@ -1,2 +1,105 @@
-//! x
-fn main() {}
+//! `vit-cli`: parses, runs one subcommand, and turns what happened into an exit status.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod compare;
+mod embed;
+mod explain;
+mod forward;
+mod images;
+mod inspect;
+mod model;
+mod modules;
+mod output;
+mod predict;
+mod preprocess;
+mod random;
+mod save;
+mod summary;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use args::{Cli, Command};
+use clap::{CommandFactory as _, Parser as _};
+use output::ReaderGone;
+
+/// Whether everything that was asked for was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything.
+    Good,
+    /// Some inputs failed, or a comparison did not hold; what, has been said.
+    Failed,
+}
+
+fn main() -> ExitCode {
+    // a second handler cannot be installed, and without one the system's default still ends the program
+    let _ = ctrlc::set_handler(|| {
+        save::abandon();
+        std::process::exit(130);
+    });
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match run(&cli) {
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed) => ExitCode::from(1),
+        Err(error) if error.chain().any(|cause| cause.is::<ReaderGone>()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("error: {error:#}"));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<Outcome> {
+    let verbose = cli.verbose;
+    let done = match &cli.command {
+        Command::Predict(args) => return predict::run(args, verbose),
+        Command::Embed(args) => return embed::run(args, verbose),
+        Command::Compare(args) => return compare::run(args, verbose),
+        Command::Explain(args) => explain::run(args, verbose),
+        Command::Forward(args) => forward::run(args, verbose),
+        Command::Preprocess(args) => preprocess::run(args),
+        Command::Summary(args) => summary::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args, verbose),
+        Command::Completions(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "vit-cli", &mut script);
+            let mut out = output::Stdout::new();
+            out.write(&String::from_utf8_lossy(&script))?;
+            out.flush()
+        }
+    };
+    done.map(|()| Outcome::Good)
+}
+
+/// Help and version go to stdout, complaints about the command line to stderr.
+fn usage(error: &clap::Error) -> ExitCode {
+    let hostile = std::env::args_os().any(|arg| arg.as_encoded_bytes().iter().any(u8::is_ascii_control));
+    let printed = if error.use_stderr() && hostile {
+        complain(&error.to_string());
+        Ok(())
+    } else {
+        error.print()
+    };
+    match printed {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            complain(&format!("error: standard output: {e}"));
+            ExitCode::from(2)
+        }
+        Ok(()) if error.use_stderr() => ExitCode::from(2),
+        Ok(()) => ExitCode::SUCCESS,
+    }
+}
+
+/// One line on stderr. That nobody reads stderr is no reason to fail.
+pub fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "vit-cli: {}", output::message(text));
+}

@@ -1,0 +1,77 @@
+//! The embedded model against PyTorch, on every held-out image.
+
+use crate::support::{finish, max_diff, read_safetensors, root, run, vit_cli, write_safetensors};
+
+/// 360 images of `[32, 32]` grey pixels, and their classes.
+fn heldout() -> (Vec<u8>, Vec<usize>) {
+    let held = read_safetensors(&root().join("weights/digits/heldout.safetensors"));
+    let pixels = held["images"].values.iter().map(|&v| v as u8).collect();
+    (pixels, held["labels"].values.iter().map(|&v| v as usize).collect())
+}
+
+fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).expect("a class")
+}
+
+/// The README's first command.
+#[test]
+fn names_all_ten_samples() {
+    let samples: Vec<_> = (0..10).map(|d| root().join(format!("weights/digits/samples/{d}.png"))).collect();
+    let lines = run(["predict".as_ref(), "--format".as_ref(), "csv".as_ref(), "--top".as_ref(), "1".as_ref()]
+        .into_iter()
+        .chain(samples.iter().map(|s| s.as_os_str())))
+    .good();
+    let rows: Vec<Vec<&str>> = lines.lines().skip(1).map(|l| l.split(',').collect()).collect();
+    assert_eq!(rows.len(), 10);
+    for (digit, row) in rows.iter().enumerate() {
+        assert_eq!(row[3], digit.to_string(), "{row:?}");
+    }
+}
+
+/// The same class as PyTorch on every image, probabilities within 1e-4, at least 97 % right: decoding, preprocessing, model,
+/// softmax and labels together.
+#[test]
+fn answers_as_pytorch_does() {
+    let (pixels, labels) = heldout();
+    let want = &read_safetensors(&root().join("tests/fixtures/digits/pytorch.safetensors"))["probabilities"];
+    let folder = tempfile::tempdir().unwrap();
+    for (i, image) in pixels.chunks_exact(32 * 32).enumerate() {
+        let pgm = [b"P5\n32 32\n255\n", image].concat();
+        std::fs::write(folder.path().join(format!("{i:03}.pgm")), pgm).unwrap();
+    }
+    let out =
+        run(["predict".as_ref(), "--format".as_ref(), "jsonl".as_ref(), "-k10".as_ref(), folder.path().as_os_str()])
+            .good();
+    let mut right = 0;
+    let (rows, classes) = (out.lines(), want.shape[1]);
+    for (i, (line, want)) in rows.zip(want.values.chunks_exact(classes)).enumerate() {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(record["file"].as_str().unwrap().ends_with(&format!("{i:03}.pgm")), "{line}");
+        let mut got = vec![0.0; classes];
+        for p in record["predictions"].as_array().unwrap() {
+            got[p["class"].as_u64().unwrap() as usize] = p["probability"].as_f64().unwrap() as f32;
+        }
+        assert_eq!(record["predictions"][0]["class"].as_u64().unwrap() as usize, argmax(want), "image {i}");
+        assert!(max_diff(&got, want) <= 1e-4, "image {i}: {got:?}, PyTorch {want:?}");
+        right += usize::from(argmax(&got) == labels[i]);
+    }
+    assert_eq!(out.lines().count(), labels.len());
+    assert!(right * 100 >= labels.len() * 97, "{right} of {}", labels.len());
+}
+
+/// Logits of the bare tensors; f32 sums in another order than PyTorch's differ by some 1e-6 of the largest logit (10).
+#[test]
+fn logits_equal_pytorchs() {
+    let (pixels, labels) = heldout();
+    let folder = tempfile::tempdir().unwrap();
+    let (x, y) = (folder.path().join("x.safetensors"), folder.path().join("y.safetensors"));
+    // grey as three equal channels, u8: normalised by the program
+    let rgb: Vec<u8> = pixels.chunks_exact(32 * 32).flat_map(|image| image.repeat(3)).collect();
+    write_safetensors(&x, "x", safetensors::Dtype::U8, &[labels.len(), 3, 32, 32], &rgb);
+    finish(vit_cli().args(["forward", "digits", "--input"]).arg(&x).arg("--output").arg(&y)).good();
+    let got = read_safetensors(&y);
+    let want = &read_safetensors(&root().join("tests/fixtures/digits/pytorch.safetensors"))["logits"];
+    assert_eq!(got["logits"].shape, want.shape);
+    let diff = max_diff(&got["logits"].values, &want.values);
+    assert!(diff <= 1e-4 * want.values.iter().fold(1.0, |m: f32, v| m.max(v.abs())), "{diff}");
+}

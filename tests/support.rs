@@ -1,0 +1,109 @@
+//! Running the programs, and reading and writing what they read and write.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// The root of the repository.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// vit-cli, without what the caller's environment would change.
+pub fn vit_cli() -> Command {
+    clean(Command::new(env!("CARGO_BIN_EXE_vit-cli")))
+}
+
+fn clean(mut command: Command) -> Command {
+    for name in ["VIT_MODEL", "VIT_CPU", "HF_TOKEN", "HF_ENDPOINT", "RUST_BACKTRACE"] {
+        command.env_remove(name);
+    }
+    command.env("HF_HUB_OFFLINE", "1").env("NO_COLOR", "1").stdin(Stdio::null());
+    command
+}
+
+/// Runs `vit-cli ARGS` to its end.
+pub fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Done {
+    finish(vit_cli().args(args))
+}
+
+/// Runs a command to its end.
+pub fn finish(command: &mut Command) -> Done {
+    Done::from(command.output().expect("the program starts"))
+}
+
+/// How a program ended.
+#[derive(Debug)]
+pub struct Done {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Self { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+}
+
+impl Done {
+    /// Exit status 0; what it printed.
+    #[track_caller]
+    pub fn good(self) -> String {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        self.stdout
+    }
+
+    /// That exit status, one short message on stderr which holds all of `parts`, no panic.
+    #[track_caller]
+    pub fn bad(self, code: i32, parts: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        assert!(!self.stderr.contains("panicked") && self.stderr.len() < 4096, "{self:?}");
+        for part in parts {
+            assert!(self.stderr.contains(part), "`{part}` in {self:?}");
+        }
+        self
+    }
+}
+
+/// A tensor of a safetensors file, widened to f32.
+#[derive(Debug)]
+pub struct Tensor {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// All tensors of a file.
+pub fn read_safetensors(path: &Path) -> BTreeMap<String, Tensor> {
+    let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let widen = |view: &safetensors::tensor::TensorView<'_>| match view.dtype() {
+        safetensors::Dtype::F32 => {
+            view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        }
+        safetensors::Dtype::U8 => view.data().iter().map(|&b| f32::from(b)).collect(),
+        other => panic!("{other:?}"),
+    };
+    let tensors = file.iter();
+    tensors.map(|(name, v)| (name.to_owned(), Tensor { shape: v.shape().to_vec(), values: widen(&v) })).collect()
+}
+
+/// A file of one f32 or u8 tensor.
+pub fn write_safetensors(path: &Path, name: &str, dtype: safetensors::Dtype, shape: &[usize], bytes: &[u8]) {
+    let view = safetensors::tensor::TensorView::new(dtype, shape.to_vec(), bytes).expect("bytes fit the shape");
+    std::fs::write(path, safetensors::serialize([(name, view)], None).expect("serialises")).expect("writes");
+}
+
+pub fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// `max |a − b|`; infinite where one is NaN or the lengths differ.
+pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
+    if a.len() != b.len() {
+        return f32::INFINITY;
+    }
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
+}
