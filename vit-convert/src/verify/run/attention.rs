@@ -32,7 +32,16 @@ impl Heads {
         }
         let dims = scores.dims.clone();
         let (rows, n) = (dims[..3].iter().product(), dims[3]);
-        let weights = reduce::softmax(scores.with_dims(vec![rows, n])?, false)?.with_dims(dims)?;
+        let masked = self.bias.is_some().then(|| scores.to_f64()).transpose()?;
+        let mut weights = reduce::softmax(scores.with_dims(vec![rows, n])?, false)?;
+        // a query that may look at nothing gets nothing, not NaN
+        if let Some(all) = masked.filter(|_| n > 0) {
+            let sees: Vec<i64> =
+                all.chunks(n).map(|row| i64::from(row.iter().any(|&x| x != f64::NEG_INFINITY))).collect();
+            let sees = Value::int(DType::Bool, vec![rows, 1], sees);
+            weights = arith::select(&sees, &weights, &Value::scalar(weights.dtype, 0.0))?;
+        }
+        let weights = weights.with_dims(dims)?;
         linear::matmul(call, weights, self.v)
     }
 }
@@ -76,6 +85,11 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
 }
 
 fn attention(call: &mut Call<'_>) -> Res<Vec<Value>> {
+    const KNOWN: [&str; 7] =
+        ["is_causal", "q_num_heads", "kv_num_heads", "scale", "softcap", "softmax_precision", "qk_matmul_output_mode"];
+    if let Some(name) = call.node.attrs.keys().find(|k| !KNOWN.contains(&k.as_str())) {
+        return Err(format!("attribute `{name}` has no rule"));
+    }
     let flat = call.input(0)?.rank() == 3;
     let side = |i: usize, heads: &str| -> Res<Value> {
         let v = call.input(i)?;

@@ -494,6 +494,9 @@ fn blocks(call: &mut Call<'_>) -> Res<Value> {
     let b = usize::try_from(call.int("blocksize", 0)?).ok().filter(|&b| b > 0).ok_or("has no blocksize")?;
     let &[n, c, h, w] = v.dims.as_slice() else { return Err(format!("needs rank 4, found {:?}", v.dims)) };
     if call.node.op == "SpaceToDepth" {
+        if call.str("mode", "DCR")? != "DCR" {
+            return Err("its mode has no rule".into());
+        }
         if h % b != 0 || w % b != 0 {
             return Err(format!("blocks of {b} do not fill {:?}", v.dims));
         }

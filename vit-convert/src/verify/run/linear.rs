@@ -390,6 +390,9 @@ fn pool(call: &mut Call<'_>) -> Res<Value> {
     count(&[n, c, places, k])?;
     let all = call.int("count_include_pad", 0)? != 0;
     let max = call.node.op == "MaxPool";
+    if !max && all && call.int("ceil_mode", 0)? != 0 {
+        return Err("ceil_mode with count_include_pad has no rule".into());
+    }
     let data = x.to_f64()?;
     let value = |i: usize| {
         let read = (0..k).filter_map(|k| window.at(i % places, k)).map(|p| data[i / places * image + p]);

@@ -61,12 +61,6 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let normed = norm_last(&flat, eps, true)?.0.with_dims(v.dims.clone())?;
             per_channel(&normed, call.input(1)?, call.input(2)?)
         })(),
-        "LpNormalization" => (|| {
-            let v = call.input(0)?;
-            let axis = v.axis(call.int("axis", -1)?)?;
-            let norm = reduce(v, &[axis], if call.int("p", 2)? == 1 { "L1" } else { "L2" }, true)?;
-            arith::binary(v, &norm, "Div")
-        })(),
         "ArgMax" | "ArgMin" => arg_max(call),
         "TopK" => return Some(top_k(call)),
         "CumSum" => cum_sum(call),
@@ -111,6 +105,9 @@ pub(super) fn reduce(v: &Value, axes: &[usize], kind: &str, keep: bool) -> Res<V
         .map(|a| if axes.contains(&a) { 1 } else { v.dims[a] })
         .collect();
     if let Data::Int(x) = &m.data {
+        if n == 0 && !matches!(kind, "Sum" | "Prod") {
+            return Err(format!("has nothing to reduce in {:?}", v.dims));
+        }
         let f: fn(&[i64]) -> i64 = match kind {
             "Sum" => |r| r.iter().fold(0, |a, &b| a.wrapping_add(b)),
             "Prod" => |r| r.iter().fold(1, |a, &b| a.wrapping_mul(b)),

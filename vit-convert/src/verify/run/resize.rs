@@ -93,7 +93,7 @@ fn along(v: &Value, axis: usize, n: usize, scale: f64, plan: &Plan) -> Res<Value
             }
             "align_corners" => {
                 if n > 1 {
-                    i * (len as f64 - 1.0) / (n as f64 - 1.0)
+                    i * (len as f64 - 1.0) / (scale * len as f64 - 1.0)
                 } else {
                     0.0
                 }
@@ -109,7 +109,9 @@ fn along(v: &Value, axis: usize, n: usize, scale: f64, plan: &Plan) -> Res<Value
         "cubic" => (2.0, true),
         other => return Err(format!("mode `{other}` has no rule")),
     };
-    let wide = if plan.antialias && scale < 1.0 { scale } else { 1.0 };
+    if plan.antialias && scale < 1.0 && reach > 0.0 {
+        return Err("shrinks with antialias, which has no rule".into());
+    }
     let kernel = |d: f64| {
         let d = d.abs();
         match cubic {
@@ -132,20 +134,17 @@ fn along(v: &Value, axis: usize, n: usize, scale: f64, plan: &Plan) -> Res<Value
             taps.push(vec![(at.clamp(0.0, len as f64 - 1.0) as usize, 1.0)]);
             continue;
         }
-        let span = reach / wide;
-        let (first, last) = ((x - span).floor() as i64 + 1, (x + span).ceil() as i64 - 1);
-        let first = if wide == 1.0 { x.floor() as i64 - reach as i64 + 1 } else { first };
-        let last = if wide == 1.0 { x.floor() as i64 + reach as i64 } else { last };
+        let (first, last) = (x.floor() as i64 - reach as i64 + 1, x.floor() as i64 + reach as i64);
         let mut row = Vec::new();
         for p in first..=last {
             let outside = !(0..len as i64).contains(&p);
-            if outside && (plan.exclude_outside || plan.antialias) {
+            if outside && plan.exclude_outside {
                 continue;
             }
-            row.push((p.clamp(0, len as i64 - 1) as usize, kernel((x - p as f64) * wide)));
+            row.push((p.clamp(0, len as i64 - 1) as usize, kernel(x - p as f64)));
         }
         let sum: f64 = row.iter().map(|r| r.1).sum();
-        if plan.exclude_outside || plan.antialias {
+        if plan.exclude_outside {
             for tap in &mut row {
                 tap.1 /= sum;
             }
