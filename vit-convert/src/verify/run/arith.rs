@@ -231,8 +231,11 @@ pub(super) fn cast(value: Value, to: DType) -> Res<Value> {
     if value.dtype == to {
         return Ok(value);
     }
+    let whole = !is_float(value.dtype);
     let Value { dims, data, .. } = value;
     let data = match (data, to) {
+        // an integer of ideal arithmetic stays what it is
+        (Data::F64(x), to) if whole && !is_float(to) => Data::F64(x),
         (Data::Int(x), DType::F64) => Data::F64(Arc::new(x.iter().map(|&x| x as f64).collect())),
         (Data::Int(x), to) if is_float(to) => Data::F32(Arc::new(x.iter().map(|&x| x as f32).collect())),
         (Data::Int(x), to) => Data::Int(Arc::new(x.iter().map(|&x| wrap(to, x)).collect())),
@@ -406,7 +409,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             select(c, a, b)
         })(),
         "Cast" => (|| {
-            let to = dtype_of(call.int("to", 0)?)?;
+            let to = call.dtype(call.int("to", 0)?)?;
             cast(call.take(0)?, to)
         })(),
         "CastLike" => (|| {
@@ -416,7 +419,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         "Constant" => (|| {
             let (name, attr) = call.node.attrs.iter().find(|(k, _)| k.starts_with("value")).ok_or("holds no value")?;
             Ok(match attr {
-                Attr::Tensor(t) => Value::read(t)?,
+                Attr::Tensor(t) => call.constant(t)?,
                 Attr::Float(x) => Value::f32(vec![], vec![*x]),
                 Attr::Int(x) => Value::int(DType::I64, vec![], vec![*x]),
                 Attr::Floats(x) => Value::f32(vec![x.len()], x.clone()),

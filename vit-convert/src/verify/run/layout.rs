@@ -39,7 +39,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let dims = sizes(call.input(0)?.as_ints()?)?;
             count(&dims)?;
             let fill = match call.node.attrs.get("value") {
-                Some(Attr::Tensor(t)) => Value::read(t)?,
+                Some(Attr::Tensor(t)) => call.constant(t)?,
                 _ => Value::f32(vec![1], vec![0.0]),
             };
             if fill.len() != 1 {
@@ -55,7 +55,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let k = call.int("k", 0)?;
             let dtype = match call.int("dtype", 0)? {
                 0 => v.dtype,
-                code => super::arith::dtype_of(code)?,
+                code => call.dtype(code)?,
             };
             let on = |i: usize| f64::from(u8::from((i % cols) as i64 - (i / cols) as i64 == k));
             Ok(Value::reals(dtype, v.dims.clone(), (0..rows * cols).map(on).collect()))

@@ -18,9 +18,9 @@ mod value;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use value::Res;
-pub use value::{Data, MAX_ELEMENTS, Value};
+pub use value::{Data, MAX_ELEMENTS, Value, count, is_float};
 
-use crate::graph::{Attr, Graph, Node, SubGraph, Tensor, ValueId};
+use crate::graph::{Attr, DType, Graph, Node, SubGraph, Tensor, ValueId};
 
 /// Bytes that all values alive at once may hold.
 pub const MAX_LIVE_BYTES: usize = 4 << 30;
@@ -54,15 +54,27 @@ pub enum Error {
     },
 }
 
+/// What a file's numbers stand for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Rounded to every value's type, as a runtime does.
+    #[default]
+    AsStored,
+    /// Not rounded: halves are computed as f32, and quantising keeps the fraction. What the file means, apart from the
+    /// noise of its number format, so that a wrong wiring shows behind that noise.
+    Ideal,
+}
+
 /// Runs a graph: its inputs in the order of [`Graph::inputs`], its outputs in the order of [`Graph::outputs`].
 pub fn run(graph: &Graph, inputs: Vec<Value>) -> Result<Vec<Value>, Error> {
-    run_watched(graph, inputs, &mut |_, _| {})
+    run_watched(graph, inputs, Arithmetic::AsStored, &mut |_, _| {})
 }
 
 /// As [`run`], showing every value that a node of the main graph makes.
 pub fn run_watched(
     graph: &Graph,
     inputs: Vec<Value>,
+    arithmetic: Arithmetic,
     watch: &mut dyn FnMut(ValueId, &Value),
 ) -> Result<Vec<Value>, Error> {
     let name = |id: ValueId| graph.names.get(id as usize).cloned().unwrap_or_else(|| format!("#{id}"));
@@ -71,7 +83,7 @@ pub fn run_watched(
         let why = format!("the graph has {} inputs, {} were given", graph.inputs.len(), inputs.len());
         return Err(Error::Value { name: "inputs".into(), why });
     }
-    for (declared, value) in graph.inputs.iter().zip(inputs) {
+    for (declared, mut value) in graph.inputs.iter().zip(inputs) {
         let fits = declared.dtype.is_none_or(|d| d == value.dtype)
             && declared.shape.as_ref().is_none_or(|shape| {
                 shape.len() == value.rank()
@@ -82,17 +94,23 @@ pub fn run_watched(
                 format!("declared {:?} {:?}, given {:?} {:?}", declared.dtype, declared.shape, value.dtype, value.dims);
             return Err(Error::Value { name: name(declared.id), why });
         }
+        if arithmetic == Arithmetic::Ideal {
+            value = value.ideal();
+        }
         values.insert(declared.id, value);
     }
-    let mut runner = Runner { graph, work: 0, depth: 0, watch };
-    let mut scope = Scope { values, constants: vec![&graph.initializers], outer: None };
+    let ideal = arithmetic == Arithmetic::Ideal;
+    let mut runner = Runner { graph, ideal, work: 0, depth: 0, watch };
+    let mut scope = Scope { values, constants: &graph.initializers, ideal, outer: None };
     let outputs: Vec<_> = graph.outputs.iter().map(|o| o.id).collect();
     runner.body(&graph.nodes, &outputs, &mut scope)?;
     let results = graph.outputs.iter().map(|declared| {
         let fail = |why| Error::Value { name: name(declared.id), why };
         let value = scope.get(declared.id).map_err(fail)?;
         match declared.dtype {
-            Some(d) if d != value.dtype => Err(fail(format!("declared as {d:?}, the graph makes {:?}", value.dtype))),
+            Some(d) if d != value.dtype && !ideal => {
+                Err(fail(format!("declared as {d:?}, the graph makes {:?}", value.dtype)))
+            }
             _ => Ok(value),
         }
     });
@@ -102,7 +120,8 @@ pub fn run_watched(
 /// Values by id, and the scope around an If's or Loop's body.
 struct Scope<'a> {
     values: HashMap<ValueId, Value>,
-    constants: Vec<&'a BTreeMap<ValueId, Tensor>>,
+    constants: &'a BTreeMap<ValueId, Tensor>,
+    ideal: bool,
     outer: Option<&'a Scope<'a>>,
 }
 
@@ -113,8 +132,8 @@ impl Scope<'_> {
             if let Some(v) = s.values.get(&id) {
                 return Ok(v.clone());
             }
-            if let Some(t) = s.constants.iter().find_map(|c| c.get(&id)) {
-                return Value::read(t);
+            if let Some(t) = s.constants.get(&id) {
+                return Value::read(t).map(|v| if s.ideal { v.ideal() } else { v });
             }
             scope = s.outer;
         }
@@ -124,6 +143,7 @@ impl Scope<'_> {
 
 struct Runner<'g, 'w> {
     graph: &'g Graph,
+    ideal: bool,
     work: u64,
     depth: usize,
     watch: &'w mut dyn FnMut(ValueId, &Value),
@@ -159,7 +179,7 @@ impl Runner<'_, '_> {
                     let get =
                         |id: &Option<ValueId>| id.map(|id| scope.get(id).map_err(|e| self.named(id, &e))).transpose();
                     let inputs = node.inputs.iter().map(get).collect::<Res<Vec<_>>>().map_err(fail)?;
-                    let mut call = Call { node, inputs, opset: self.graph.opset, work: self.work };
+                    let mut call = Call { node, inputs, opset: self.graph.opset, ideal: self.ideal, work: self.work };
                     let results = call.run().map_err(fail)?;
                     self.work = call.work;
                     results
@@ -227,7 +247,7 @@ impl Runner<'_, '_> {
             if trip >= 1 << 16 {
                 return Err(fail("loops more than 65536 times".into()));
             }
-            let mut inputs = vec![Value::int(crate::graph::DType::I64, vec![], vec![trip]), flow::bool_value(go)];
+            let mut inputs = vec![Value::int(DType::I64, vec![], vec![trip]), flow::bool_value(go)];
             inputs.append(&mut state);
             let mut results = self.call_body(body, inputs, scope, fail)?;
             if results.len() <= carried {
@@ -259,7 +279,7 @@ impl Runner<'_, '_> {
             return Err(fail(format!("its body has {} inputs, {} are given", body.inputs.len(), inputs.len())));
         }
         let values = body.inputs.iter().copied().zip(inputs).collect();
-        let mut scope = Scope { values, constants: vec![&body.initializers], outer: Some(outer) };
+        let mut scope = Scope { values, constants: &body.initializers, ideal: self.ideal, outer: Some(outer) };
         self.depth += 1;
         let done = self.body(&body.nodes, &body.outputs, &mut scope);
         self.depth -= 1;
@@ -296,6 +316,7 @@ struct Call<'a> {
     node: &'a Node,
     inputs: Vec<Option<Value>>,
     opset: i64,
+    ideal: bool,
     work: u64,
 }
 
@@ -314,6 +335,17 @@ impl Call<'_> {
             Some(results) => results,
             None => Err("there is no rule for this operator".into()),
         }
+    }
+
+    /// A constant in an attribute.
+    fn constant(&self, tensor: &Tensor) -> Res<Value> {
+        Value::read(tensor).map(|v| if self.ideal { v.ideal() } else { v })
+    }
+
+    /// ONNX's number of an element type.
+    fn dtype(&self, code: i64) -> Res<DType> {
+        let dtype = arith::dtype_of(code)?;
+        Ok(if self.ideal && matches!(dtype, DType::F16 | DType::Bf16) { DType::F32 } else { dtype })
     }
 
     /// An input that must be there.

@@ -20,7 +20,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         "QLinearMatMul" => (|| {
             let (a, b) = (side(call, 0, -2)?, side(call, 3, -1)?);
             let out = linear::matmul(call, a, b)?;
-            quantize(&out, call.input(6)?, call.opt(7), -1, None)
+            quantize(call, &out, call.input(6)?, call.opt(7), -1, None)
         })(),
         "QLinearConv" => (|| {
             let (x, w) = (side(call, 0, 1)?, side(call, 3, 0)?);
@@ -36,7 +36,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                 }
                 None => out,
             };
-            quantize(&out, call.input(6)?, call.opt(7), 1, None)
+            quantize(call, &out, call.input(6)?, call.opt(7), 1, None)
         })(),
         _ => return None,
     })
@@ -49,18 +49,18 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         op @ ("QLinearAdd" | "QLinearMul") => (|| {
             let (a, b) = (side(call, 0, -1)?, side(call, 3, -1)?);
             let out = arith::binary(&a, &b, if op == "QLinearAdd" { "Add" } else { "Mul" })?;
-            quantize(&out, call.input(6)?, call.opt(7), -1, None)
+            quantize(call, &out, call.input(6)?, call.opt(7), -1, None)
         })(),
         "QLinearConcat" => (|| {
             let axis = call.int("axis", 0)?;
             let parts = (2..call.inputs.len()).step_by(3).map(|i| side(call, i, -1)).collect::<Res<Vec<_>>>()?;
-            quantize(&layout::concat(&parts, axis)?, call.input(0)?, call.opt(1), -1, None)
+            quantize(call, &layout::concat(&parts, axis)?, call.input(0)?, call.opt(1), -1, None)
         })(),
         "QLinearSoftmax" => (|| {
             let x = side(call, 0, -1)?;
             let axis = x.axis(call.int("axis", -1)?)?;
             let out = reduce::over_last(&x, axis, |v| reduce::softmax(v, false))?;
-            quantize(&out, call.input(3)?, call.opt(4), -1, None)
+            quantize(call, &out, call.input(3)?, call.opt(4), -1, None)
         })(),
         op @ ("QLinearSigmoid" | "QLinearLeakyRelu") => (|| {
             let x = side(call, 0, -1)?;
@@ -76,7 +76,7 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                 args: [alpha, 0.],
             };
             let out = arith::map(x, if op == "QLinearSigmoid" { sigmoid } else { leaky })?;
-            quantize(&out, call.input(3)?, call.opt(4), -1, None)
+            quantize(call, &out, call.input(3)?, call.opt(4), -1, None)
         })(),
         "QLinearReduceMean" | "QLinearGlobalAveragePool" => (|| {
             if call.int("channels_last", 0)? != 0 {
@@ -89,7 +89,7 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                 (None, _) => (2..x.rank()).collect(),
             };
             let keep = call.node.op != "QLinearReduceMean" || call.int("keepdims", 1)? != 0;
-            quantize(&reduce::reduce(&x, &axes, "Mean", keep)?, call.input(3)?, call.opt(4), -1, None)
+            quantize(call, &reduce::reduce(&x, &axes, "Mean", keep)?, call.input(3)?, call.opt(4), -1, None)
         })(),
         "QGemm" => q_gemm(call),
         "MatMulIntegerToFloat" => (|| {
@@ -100,7 +100,7 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         })(),
         "DynamicQuantizeMatMul" => (|| {
             let x = call.take(0)?;
-            let (q, scale, zero) = dynamic_parts(&x)?;
+            let (q, scale, zero) = dynamic_parts(&x, call.ideal)?;
             let a = dequantize(&q, &scale, Some(&zero), -1)?;
             let b = dequantize(call.input(1)?, call.input(2)?, call.opt(3), -1)?;
             reduce::plus(linear::matmul(call, a, b)?, call.opt(4))
@@ -160,7 +160,14 @@ pub(super) fn dequantize(v: &Value, scale: &Value, zero: Option<&Value>, axis: i
 }
 
 /// `saturate(round(v / scale) + zero)`; the type is the zero point's, or `dtype`, or u8.
-fn quantize(v: &Value, scale: &Value, zero: Option<&Value>, axis: i64, dtype: Option<DType>) -> Res<Value> {
+fn quantize(
+    call: &Call<'_>,
+    v: &Value,
+    scale: &Value,
+    zero: Option<&Value>,
+    axis: i64,
+    dtype: Option<DType>,
+) -> Res<Value> {
     let dtype = zero.map(|z| z.dtype).or(dtype).unwrap_or(DType::U8);
     let (low, high) = range(dtype)?;
     let scale = along(scale, v, axis)?;
@@ -170,11 +177,14 @@ fn quantize(v: &Value, scale: &Value, zero: Option<&Value>, axis: i64, dtype: Op
     let scale = arith::cast(scale, v.dtype)?;
     let steps = arith::cast(arith::binary(v, &scale, "Div")?, DType::F64)?;
     let round = arith::Real { f32: |x, _| x, f64: |x, _| x.round_ties_even(), args: [0., 0.] };
-    let whole = arith::map(steps, round)?;
+    let whole = if call.ideal { steps } else { arith::map(steps, round)? };
     let whole = match zero {
         Some(z) => arith::binary(&whole, &arith::cast(along(z, v, axis)?, DType::F64)?, "Add")?,
         None => whole,
     };
+    if call.ideal {
+        return Ok(Value { dtype, ..whole });
+    }
     let Data::F64(x) = &whole.data else { return Err("needs floats".into()) };
     Ok(Value::int(dtype, whole.dims.clone(), x.iter().map(|x| x.clamp(low, high) as i64).collect()))
 }
@@ -199,15 +209,15 @@ fn quantize_node(call: &mut Call<'_>) -> Res<Value> {
     let (axis, block) = (call.int("axis", 1)?, call.int("block_size", 0)?);
     let dtype = match call.int("output_dtype", 0)? {
         0 => None,
-        code => Some(arith::dtype_of(code)?),
+        code => Some(call.dtype(code)?),
     };
     let v = call.input(0)?;
     if block == 0 {
-        return quantize(v, call.input(1)?, call.opt(2), axis, dtype);
+        return quantize(call, v, call.input(1)?, call.opt(2), axis, dtype);
     }
     let scale = unblock(call.input(1)?, v, axis, block)?;
     let zero = call.opt(2).map(|z| unblock(z, v, axis, block)).transpose()?;
-    quantize(v, &scale, zero.as_ref(), axis, dtype)
+    quantize(call, v, &scale, zero.as_ref(), axis, dtype)
 }
 
 fn dequantize_node(call: &mut Call<'_>) -> Res<Value> {
@@ -221,15 +231,17 @@ fn dequantize_node(call: &mut Call<'_>) -> Res<Value> {
 }
 
 /// u8 values, their scale and zero point, chosen from the range that `x` covers.
-fn dynamic_parts(x: &Value) -> Res<(Value, Value, Value)> {
+fn dynamic_parts(x: &Value, ideal: bool) -> Res<(Value, Value, Value)> {
     let data = x.to_f32()?;
     let low = data.iter().copied().fold(0f32, f32::min);
     let high = data.iter().copied().fold(0f32, f32::max);
     let scale = if high == low { 1.0 } else { (high - low) / 255.0 };
     let zero = (-low / scale).round_ties_even().clamp(0.0, 255.0);
+    let steps = |x: &f32| *x as f64 / scale as f64 + zero as f64;
+    let exact = Value { dtype: DType::U8, ..Value::f64(x.dims.clone(), data.iter().map(steps).collect()) };
     let q = data.iter().map(|x| ((x / scale).round_ties_even() + zero).clamp(0.0, 255.0) as i64).collect();
     Ok((
-        Value::int(DType::U8, x.dims.clone(), q),
+        if ideal { exact } else { Value::int(DType::U8, x.dims.clone(), q) },
         Value::f32(vec![], vec![scale]),
         Value::int(DType::U8, vec![], vec![zero as i64]),
     ))
@@ -240,7 +252,7 @@ fn dynamic(call: &mut Call<'_>) -> Res<Vec<Value>> {
     if x.dtype != DType::F32 {
         return Err(format!("needs float32, found {:?}", x.dtype));
     }
-    let (q, scale, zero) = dynamic_parts(x)?;
+    let (q, scale, zero) = dynamic_parts(x, call.ideal)?;
     Ok(vec![q, scale, zero])
 }
 
@@ -262,7 +274,7 @@ fn q_gemm(call: &mut Call<'_>) -> Res<Value> {
         out = arith::binary(&out, &times(&arith::cast(c.clone(), DType::F64)?, &steps)?, "Add")?;
     }
     match call.opt(7) {
-        Some(scale) => quantize(&out, scale, call.opt(8), -1, None),
+        Some(scale) => quantize(call, &out, scale, call.opt(8), -1, None),
         None => arith::cast(out, DType::F32),
     }
 }

@@ -177,6 +177,15 @@ impl Value {
         self
     }
 
+    /// The value for ideal arithmetic: a half is the f32 that it stands for.
+    #[must_use]
+    pub fn ideal(mut self) -> Self {
+        if matches!(self.dtype, DType::F16 | DType::Bf16) {
+            self.dtype = DType::F32;
+        }
+        self
+    }
+
     /// Every element as a double.
     pub fn to_f64(&self) -> Res<Vec<f64>> {
         Ok(match &self.data {
