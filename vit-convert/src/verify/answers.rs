@@ -115,14 +115,17 @@ impl Answers {
             return self.picked_classes(&found, tolerance);
         }
         let wanted = shape(&value.dims);
-        let best = |a: &(String, Difference), b: &(String, Difference)| a.1.rel.total_cmp(&b.1.rel);
+        // NaN sorts last
+        let best = |a: &(String, Difference), b: &(String, Difference)| a.1.rel.abs().total_cmp(&b.1.rel.abs());
         let through = |name: &str, data: &[f64], lens: fn(f64) -> f64| {
             let see = |x: &[f64]| x.iter().map(|&x| lens(x)).collect::<Vec<_>>();
             (name.to_string(), Difference::between(&see(&found), &see(data)))
         };
         let fitting = self.forms.iter().filter(|a| a.data.len() == found.len() && shape(&a.dims) == wanted);
-        if let Some(hit) = fitting.map(|a| through(&a.name, &a.data, a.lens)).min_by(best) {
-            return Some(hit);
+        let all: Vec<_> = fitting.map(|a| through(&a.name, &a.data, a.lens)).collect();
+        if let Some(hit) = all.iter().min_by(|a, b| best(a, b)) {
+            // where nothing fits, the difference to the plainest form says most
+            return Some(if hit.1.within(tolerance) { hit.clone() } else { all[0].clone() });
         }
         // the largest few of the classes' scores
         let (k, _) = self.scores.as_ref()?;

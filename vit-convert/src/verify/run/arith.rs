@@ -138,6 +138,7 @@ pub(super) fn binary(a: &Value, b: &Value, op: &str) -> Res<Value> {
     if a.dtype != b.dtype {
         return Err(format!("its operands are {:?} and {:?}, they must be of one type", a.dtype, b.dtype));
     }
+    let (a, b) = (&a.clone().like(b), &b.clone().like(a));
     let none = || format!("{op} has no rule for {:?}", a.dtype);
     let (dims, data) = match (&a.data, &b.data) {
         (Data::F32(x), Data::F32(y)) => {
@@ -236,6 +237,7 @@ pub(super) fn cast(value: Value, to: DType) -> Res<Value> {
     let data = match (data, to) {
         // an integer of ideal arithmetic stays what it is
         (Data::F64(x), to) if whole && !is_float(to) => Data::F64(x),
+        (Data::F64(x), DType::F64) => Data::F64(x),
         (Data::Int(x), DType::F64) => Data::F64(Arc::new(x.iter().map(|&x| x as f64).collect())),
         (Data::Int(x), to) if is_float(to) => Data::F32(Arc::new(x.iter().map(|&x| x as f32).collect())),
         (Data::Int(x), to) => Data::Int(Arc::new(x.iter().map(|&x| wrap(to, x)).collect())),

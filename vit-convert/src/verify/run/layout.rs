@@ -159,10 +159,13 @@ fn unsqueeze(call: &mut Call<'_>) -> Res<Value> {
 /// Tensors of one type joined along an axis.
 pub(super) fn concat(inputs: &[Value], axis: i64) -> Res<Value> {
     let first = inputs.first().ok_or("has nothing to join")?;
+    let wide = inputs.iter().find(|v| matches!(v.data, Data::F64(_))).unwrap_or(first);
+    let inputs: Vec<Value> = inputs.iter().map(|v| v.clone().like(wide)).collect();
+    let first = &inputs[0];
     let axis = first.axis(axis)?;
     let mut dims = first.dims.clone();
     dims[axis] = 0;
-    for v in inputs {
+    for v in &inputs {
         let same = v.rank() == dims.len() && (0..dims.len()).all(|i| i == axis || v.dims[i] == dims[i]);
         if !same || v.dtype != first.dtype {
             let (a, b) = (&first.dims, &v.dims);

@@ -50,6 +50,8 @@ fn products(call: &mut Call<'_>, a: Value, b: Value, size: [usize; 4], turned: b
     if b.dtype != dtype {
         return Err(format!("its operands are {dtype:?} and {:?}, they must be of one type", b.dtype));
     }
+    let b = b.like(&a);
+    let a = a.like(&b);
     let data = match (a.data, b.data) {
         (Data::F32(x), Data::F32(y)) => {
             let own = |x: std::sync::Arc<Vec<f32>>| std::sync::Arc::try_unwrap(x).unwrap_or_else(|x| x.to_vec());

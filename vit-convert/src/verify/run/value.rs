@@ -186,6 +186,18 @@ impl Value {
         self
     }
 
+    /// Integers of ideal arithmetic may have fractions: the two storages of an integer type, brought to one.
+    #[must_use]
+    pub fn like(self, other: &Value) -> Self {
+        match (&self.data, &other.data) {
+            (Data::Int(x), Data::F64(_)) if !is_float(self.dtype) => {
+                let wide = x.iter().map(|&x| x as f64).collect();
+                Self { data: Data::F64(Arc::new(wide)), ..self }
+            }
+            _ => self,
+        }
+    }
+
     /// Every element as a double.
     pub fn to_f64(&self) -> Res<Vec<f64>> {
         Ok(match &self.data {
