@@ -48,7 +48,7 @@ pub enum Error {
     },
     /// The converted model does not compute what the file computes.
     #[error("verification failed: {0}")]
-    Verify(String),
+    Verify(#[from] crate::verify::Error),
     /// An error with the file that it happened in.
     #[error("{}: {source}", path.display())]
     In {

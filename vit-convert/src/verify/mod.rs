@@ -12,8 +12,9 @@ pub mod run;
 
 use std::collections::BTreeMap;
 
+use candle_core::{DType as CandleType, Device};
 use serde_json::json;
-use vit_model::{Config, VisionTransformer};
+use vit_model::{Config, VisionTransformer, Weights};
 
 use crate::graph::{Attr, DType, Graph, Node, SubGraph};
 use answers::{Answers, Difference};
@@ -130,13 +131,19 @@ fn short(x: f64) -> String {
     format!("{x:.1e}")
 }
 
-/// Proves that a model computes what a graph computes.
+/// Proves that `weights` under `config` compute what `graph` computes.
 ///
 /// `reading` says how the graph's input becomes the model's pixels, where the graph does part of the preprocessing.
 ///
 /// # Errors
 /// An operator that has no rule, inputs or outputs that no Vision Transformer has, and a difference beyond rounding: then
 /// the error names the first block whose tokens diverge.
+pub fn verify(graph: &Graph, config: &Config, weights: &dyn Weights, reading: &Reading) -> Result<Verified, Error> {
+    let model = VisionTransformer::from_weights(config, weights, CandleType::F32, &Device::Cpu)?;
+    against(graph, &model, reading)
+}
+
+/// As [`verify`], for a model that is loaded already.
 pub fn against(graph: &Graph, model: &VisionTransformer, reading: &Reading) -> Result<Verified, Error> {
     let config = model.config();
     let format = Format::of(graph);
