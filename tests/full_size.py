@@ -8,7 +8,7 @@ the model twice (TorchScript exporter at opset 11, dynamo exporter at opset 18; 
 the converted tensors are the state dict's, bit for bit; logits and features within 1e-4 of PyTorch's, relative to the
 largest; private memory of a conversion without verification at most 64 MB; its time against `cp` + fsync of the same
 file in the same run (printed, and at most 1.5 times where --strict-time is given: another load on the machine spoils
-it); `summary --style torchsummary` is tests/fixtures/torchsummary.txt to the letter; `predict --format seed` prints
+it); `summary --style torchsummary` is tests/fixtures/torchsummary/base.txt to the letter; `predict --format seed` prints
 five lines. Exit status: 0 all good, 1 not.
 """
 import argparse
@@ -142,7 +142,7 @@ def judge(folder, name, programs, args):
         check(f"{name}: verifies", code == 0, err.strip()[-300:] if code else f"{took:.1f} s")
         check(f"{name}: at most 1.2 GB of private memory with verification", peak <= 1200, f"{peak:.0f} MB")
 
-    table = (HERE / "fixtures/torchsummary.txt").read_text()
+    table = (HERE / "fixtures/torchsummary/base.txt").read_text()
     p = subprocess.run([cli, "summary", out, "--style", "torchsummary"], capture_output=True, text=True)
     check(f"{name}: torchsummary's table", p.returncode == 0 and p.stdout.startswith(table) and "85,802,501" in p.stdout[len(table):])
 
