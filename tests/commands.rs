@@ -110,7 +110,7 @@ fn bench_ends_with_the_json_that_was_agreed() {
     let times: Vec<f64> = last["times_ms"].as_array().unwrap().iter().map(|t| t.as_f64().unwrap()).collect();
     assert_eq!(times.len(), 5);
     let median = last["median_ms"].as_f64().unwrap();
-    assert!(times.iter().any(|&t| t == median), "{last}");
+    assert!(times.contains(&median), "{last}");
     // images/s of the unrounded median; both are rounded to 1e-4
     let rate = last["images_per_s"].as_f64().unwrap();
     assert!((rate * median / 2000.0 - 1.0).abs() < 1e-2, "{last}");

@@ -101,12 +101,12 @@ fn compare(args: &BenchArgs) -> anyhow::Result<()> {
             command.arg("--").arg(&args.model).stdin(Stdio::null());
             let done = command.output().with_context(|| show(&program))?;
             let record = done.stdout.split(|&b| b == b'\n').rfind(|line| !line.is_empty());
-            match record.and_then(|line| serde_json::from_slice::<Value>(line).ok()).filter(|_| done.status.success()) {
-                Some(record) => rows.push(record),
-                None => {
-                    let why = String::from_utf8_lossy(&done.stderr);
-                    complain(&format!("{kernel} {precision}: {}", why.trim().trim_start_matches("vit-cli: ")));
-                }
+            let record = record.and_then(|line| serde_json::from_slice::<Value>(line).ok());
+            if let Some(record) = record.filter(|_| done.status.success()) {
+                rows.push(record);
+            } else {
+                let why = String::from_utf8_lossy(&done.stderr);
+                complain(&format!("{kernel} {precision}: {}", why.trim().trim_start_matches("vit-cli: ")));
             }
         }
     }

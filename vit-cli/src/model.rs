@@ -32,7 +32,7 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
         return match () {
             () if found.is_file() && is_onnx => Ok(Place::Onnx(path.into())),
             () if found.is_file() => refuse_pickle(path).map(|()| Place::Path(path.into())),
-            () => folder(path),
+            () => Ok(folder(path)),
         };
     }
     if std::fs::symlink_metadata(path).is_ok() {
@@ -47,12 +47,12 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
 }
 
 /// A folder that holds an ONNX file and nothing else of use is most likely meant to be that file.
-fn folder(path: &Path) -> anyhow::Result<Place> {
+fn folder(path: &Path) -> Place {
     let has = |name: &str| path.join(name).exists();
     if path.is_dir() && !has("config.json") && !has("model.safetensors") && has("model.onnx") {
-        return Ok(Place::Onnx(path.join("model.onnx")));
+        return Place::Onnx(path.join("model.onnx"));
     }
-    Ok(Place::Path(path.into()))
+    Place::Path(path.into())
 }
 
 /// PyTorch's own files are programs; they are not opened.

@@ -154,10 +154,8 @@ fn branch(module: &Module, indent: &str, lines: &mut Vec<Line>) {
     for (i, child) in shown.iter().enumerate() {
         let last = i + 1 == shown.len();
         let (mark, deeper) = if last { ("└─", "   ") } else { ("├─", "│  ") };
-        let times = match alike {
-            true => format!("0 … {} (each) ", module.children.len() - 1),
-            false => format!("{} ", child.name),
-        };
+        let times =
+            if alike { format!("0 … {} (each) ", module.children.len() - 1) } else { format!("{} ", child.name) };
         lines.push(Line::new(format!("{indent}{mark} {times}{}", child.kind), child, &child.output));
         let indent = format!("{indent}{deeper}");
         own_lines(child, &indent, child.children.iter().any(|c| !c.inert), lines);
