@@ -4,6 +4,9 @@
 //! Shapes: `B` images of `C` channels, `N` tokens of width `D`, `H` heads of width `d = D / H`. Parameter names are
 //! timm's (`timm/models/vision_transformer.py`), so that its checkpoints load as they are.
 
+// a `VarBuilder` is a path that is handed down by value, as in all of candle
+#![allow(clippy::needless_pass_by_value)]
+
 use candle_core::{D, IndexOp, Module, Result as CandleResult, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, ops};
 
@@ -28,7 +31,7 @@ fn softmax(x: &Tensor) -> CandleResult<Tensor> {
 
 /// LayerNorm, or RMSNorm where there is no bias.
 #[derive(Clone, Debug)]
-pub(crate) struct Norm {
+struct Norm {
     weight: Tensor,
     bias: Option<Tensor>,
     eps: f32,
@@ -49,7 +52,7 @@ impl Norm {
     }
 
     /// Candle's fused kernels have no gradient: while training, the plain formulas.
-    pub(crate) fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
         let training = x.track_op() || self.weight.track_op();
         match (&self.bias, training) {
             (Some(bias), false) => ops::layer_norm(&x.contiguous()?, &self.weight, bias, self.eps),
@@ -102,7 +105,7 @@ impl Activation {
 
 /// Cuts the image into patches and projects each to a token: a convolution whose stride is its kernel, as a product.
 #[derive(Clone, Debug)]
-pub(crate) struct PatchEmbed {
+struct PatchEmbed {
     proj: Linear,
     norm: Option<Norm>,
     patch_size: [usize; 2],
@@ -314,7 +317,7 @@ impl Mlp {
 
 /// `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`.
 #[derive(Clone, Debug)]
-pub(crate) struct StandardBlock {
+struct StandardBlock {
     norm1: Norm,
     attn: Attention,
     ls1: Option<LayerScale>,
@@ -346,7 +349,7 @@ impl StandardBlock {
 
 /// `x + norm1(attn(x))`, then `x + norm2(mlp(x))`: norms at the end of the branches.
 #[derive(Clone, Debug)]
-pub(crate) struct ResPostBlock {
+struct ResPostBlock {
     attn: Attention,
     norm1: Norm,
     mlp: Mlp,
@@ -415,7 +418,7 @@ impl ParallelIn {
 
 /// `x + ls(attention(x) + mlp(x))`, both from one norm and projection.
 #[derive(Clone, Debug)]
-pub(crate) struct ParallelScalingBlock {
+struct ParallelScalingBlock {
     input: ParallelIn,
     attn_out_proj: Linear,
     mlp_out_proj: Linear,
@@ -448,7 +451,7 @@ impl ParallelScalingBlock {
 
 /// `ParallelScalingBlock` with differential attention.
 #[derive(Clone, Debug)]
-pub(crate) struct DiffParallelScalingBlock {
+struct DiffParallelScalingBlock {
     input: ParallelIn,
     diff: Differential,
     out_proj: Linear,
@@ -493,7 +496,7 @@ impl<F> Branch<F> {
 
 /// Two attentions side by side, then two MLPs side by side.
 #[derive(Clone, Debug)]
-pub(crate) struct ParallelThingsBlock {
+struct ParallelThingsBlock {
     attns: [Branch<Attention>; 2],
     ffns: [Branch<Mlp>; 2],
 }
@@ -525,7 +528,9 @@ impl ParallelThingsBlock {
 
 /// A block of the model's kind.
 #[derive(Clone, Debug)]
-pub(crate) enum Block {
+// a model has few blocks, and all of one kind
+#[allow(clippy::large_enum_variant)]
+enum Block {
     Standard(StandardBlock),
     ResPost(ResPostBlock),
     ParallelScaling(ParallelScalingBlock),
@@ -547,7 +552,7 @@ impl Block {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    pub(crate) fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
         match self {
             Self::Standard(block) => block.forward(x, tap),
             Self::ResPost(block) => block.forward(x, tap),
@@ -560,7 +565,7 @@ impl Block {
 
 /// Attention pooling: a learned query attends to the tokens, then an MLP with a residual (arXiv 2106.04560).
 #[derive(Clone, Debug)]
-pub(crate) struct AttentionPool {
+struct AttentionPool {
     latent: Tensor,
     q: Linear,
     kv: Linear,
@@ -608,19 +613,19 @@ impl AttentionPool {
 #[derive(Clone, Debug)]
 pub struct VisionTransformer {
     pub(crate) config: Config,
-    pub(crate) patch_embed: PatchEmbed,
-    pub(crate) cls_token: Option<Tensor>,
-    pub(crate) dist_token: Option<Tensor>,
-    pub(crate) reg_token: Option<Tensor>,
+    patch_embed: PatchEmbed,
+    cls_token: Option<Tensor>,
+    dist_token: Option<Tensor>,
+    reg_token: Option<Tensor>,
     pub(crate) pos_embed: Option<Tensor>,
-    pub(crate) norm_pre: Option<Norm>,
-    pub(crate) blocks: Vec<Block>,
-    pub(crate) norm: Option<Norm>,
-    pub(crate) attn_pool: Option<AttentionPool>,
-    pub(crate) fc_norm: Option<Norm>,
-    pub(crate) pre_logits: Option<Linear>,
-    pub(crate) head: Option<Linear>,
-    pub(crate) head_dist: Option<Linear>,
+    norm_pre: Option<Norm>,
+    blocks: Vec<Block>,
+    norm: Option<Norm>,
+    attn_pool: Option<AttentionPool>,
+    fc_norm: Option<Norm>,
+    pre_logits: Option<Linear>,
+    head: Option<Linear>,
+    head_dist: Option<Linear>,
 }
 
 impl VisionTransformer {
