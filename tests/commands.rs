@@ -20,6 +20,8 @@ fn summary_counts_every_parameter() {
     assert!(table.lines().last().unwrap().contains(&format!("with them {total} parameters")), "{table}");
     let json: serde_json::Value = serde_json::from_str(&run(["summary", "--style", "json"]).good()).unwrap();
     assert_eq!(json["parameters"], parameters());
+    // by name, without weights: ViT-B/16 with 1000 classes
+    assert!(run(["summary", "vit_base_patch16_224"]).good().lines().next().unwrap().ends_with("86,567,656"));
     // the modules' tensors are the file's tensors
     let mut names = std::collections::BTreeSet::new();
     let mut queue = vec![&json["modules"]];

@@ -98,7 +98,11 @@ fn near_miss(path: &Path) -> String {
 }
 
 fn forms(name: &str) -> String {
-    format!(
+    let hint = match vit_model::names::Architecture::of(name) {
+        Some(_) => format!("`{name}` is an architecture; its weights are in timm/{name} on the Hub. "),
+        None => String::new(),
+    };
+    hint + &format!(
         "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
          and config.json, an .onnx file, `digits`, or a repository such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     )
@@ -115,7 +119,10 @@ pub fn checkpoint(model: &OsStr) -> anyhow::Result<Checkpoint> {
 
 /// The model's configuration; a folder with configurations alone has one.
 pub fn info(model: &OsStr) -> anyhow::Result<ModelInfo> {
-    Ok(checkpoint(model)?.info)
+    match find(model)? {
+        Place::Path(path) => Ok(load::info(&path)?),
+        _ => Ok(checkpoint(model)?.info),
+    }
 }
 
 fn convert(path: &Path) -> anyhow::Result<Checkpoint> {
