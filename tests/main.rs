@@ -3,7 +3,6 @@
 mod commands;
 mod digits;
 mod forward;
-mod parity;
 mod predict;
 mod process;
 mod support;

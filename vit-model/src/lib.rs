@@ -4,7 +4,6 @@ pub mod config;
 pub mod cpu;
 mod error;
 mod folder;
-mod hf;
 #[cfg(feature = "hub")]
 pub mod hub;
 #[cfg(feature = "image")]
@@ -20,7 +19,6 @@ pub mod preprocess;
 mod preprocess_config;
 pub mod safetensors;
 pub mod tap;
-mod timm;
 pub mod vit;
 pub mod weights;
 

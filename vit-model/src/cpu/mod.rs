@@ -1,1 +1,348 @@
-//! cpu
+//! The CPU engine: a plan for the whole model, weights packed once for this CPU, and nothing allocated in a pass.
+//!
+//! Top to bottom: [`Engine`] and what it answers, `Net` (the packed model), `Workspace` (the activations), `Pass` (one
+//! forward pass, phase by phase, as every thread runs it). Below it, in their own files: `detect` chooses the kernel;
+//! `kernel` lists what one must do; `linear`, `attention` and `norm` do it over `simd`, which `avx512`, `avx2` and
+//! `portable` implement (`amx` multiplies in tiles); `pack` says how everything lies in memory; `threads` runs it.
+//!
+//! This folder has the crate's only unsafe code.
+
+// generic code must be inlined into the function that switches the instruction set on, or it is compiled without it
+#![allow(clippy::inline_always)]
+// vector code names dozens of intrinsics
+#![allow(clippy::wildcard_imports)]
+// buffers are aligned to cache lines, and everything that is not a whole line is read and written unaligned
+#![allow(clippy::cast_ptr_alignment)]
+// a unit has the number of its unit, a head that of its head
+#![allow(clippy::struct_field_names)]
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod buffer;
+mod detect;
+mod kernel;
+mod linear;
+mod net;
+mod norm;
+mod pack;
+mod pass;
+mod portable;
+mod simd;
+#[cfg(test)]
+mod tests;
+mod threads;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+
+pub use detect::{Isa, available, physical_cores};
+use kernel::Kernel;
+use linear::{F32, Widened};
+use net::Net;
+use pass::{Pass, Workspace};
+use threads::Pool;
+
+use crate::{Config, Error, Result, Weights};
+
+/// How exactly to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// The fastest that is as exact as f32 on this CPU.
+    #[default]
+    Auto,
+    /// IEEE single precision throughout.
+    F32,
+    /// Linear layers by three products of bf16, which together are as exact as f32; the rest in f32.
+    Bf16x3,
+    /// Linear layers in bf16, summed in f32; the rest in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16x3 => "bf16x3",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Precision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [Self::Auto, Self::F32, Self::Bf16x3, Self::Bf16];
+        all.into_iter()
+            .find(|p| p.name() == name)
+            .ok_or_else(|| Error::Unsupported(format!("precision `{name}`: choose auto, f32, bf16x3 or bf16")))
+    }
+}
+
+/// How an engine is to run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Threads, the caller's included; the default is the physical cores. Never more than this process may use.
+    pub threads: Option<usize>,
+    /// How exactly to compute.
+    pub precision: Precision,
+    /// The kernels; the default is what `VIT_CPU` says, or else the fastest that this CPU has.
+    pub isa: Option<Isa>,
+}
+
+/// What a model answers, row-major, f32.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Output {
+    /// `[B, num_classes]`, where there is a head; with `Pool::None` `[B, N, num_classes]`.
+    pub logits: Option<Vec<f32>>,
+    /// The tokens after the last norm, `[B, N, D]`, as timm's `forward_features` means them.
+    pub features: Vec<f32>,
+    /// What the head reads: `[B, D]`, or as wide as `pre_logits`; with `Pool::None` `[B, N, D]`.
+    pub pre_logits: Vec<f32>,
+}
+
+/// A model, packed for this CPU.
+///
+/// Any number of threads may call at once; passes take turns, as each uses every thread of the engine. Results are the
+/// same, bit for bit, for any number of threads and however images are batched.
+pub struct Engine {
+    config: Config,
+    isa: Isa,
+    precision: Precision,
+    kernel: Box<dyn Kernel>,
+    net: Net,
+    pool: Pool,
+    workspace: Mutex<Workspace>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("isa", &self.isa)
+            .field("precision", &self.precision)
+            .field("threads", &self.pool.count())
+            .field("weight_bytes", &self.net.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The kernel for an instruction set and a precision, and what it really is.
+fn choose(isa: Isa, precision: Precision) -> Result<(Box<dyn Kernel>, Isa, Precision)> {
+    let lost = || Error::Unsupported(format!("this CPU has no {isa}"));
+    Ok(match isa {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Isa::Amx => {
+            let avx512 = amx::Amx::detect().ok_or_else(lost)?.avx512();
+            match precision {
+                Precision::F32 => return choose(Isa::Avx512, precision),
+                Precision::Bf16 => (Box::new(amx::Tiled::<amx::Registers, false>::new(avx512)), isa, Precision::Bf16),
+                Precision::Auto | Precision::Bf16x3 => {
+                    (Box::new(amx::Tiled::<amx::Registers, true>::new(avx512)), isa, Precision::Bf16x3)
+                }
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            let avx512 = avx512::Avx512::detect().ok_or_else(lost)?;
+            match (precision, avx512::Dot::detect()) {
+                (Precision::Bf16, Some(dot)) => (Box::new(avx512::Bf16(dot)), isa, Precision::Bf16),
+                (Precision::Bf16, None) => (Box::new(Widened(avx512)), isa, Precision::Bf16),
+                (Precision::Bf16x3, Some(dot)) => (Box::new(avx512::Bf16x3(dot)), isa, Precision::Bf16x3),
+                _ => (Box::new(F32(avx512)), isa, Precision::F32),
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            let avx2 = avx2::Avx2::detect().ok_or_else(lost)?;
+            match precision {
+                Precision::Bf16 => (Box::new(Widened(avx2)), isa, Precision::Bf16),
+                _ => (Box::new(F32(avx2)), isa, Precision::F32),
+            }
+        }
+        Isa::Portable => match precision {
+            Precision::Bf16 => (Box::new(Widened(portable::Portable)), isa, Precision::Bf16),
+            _ => (Box::new(F32(portable::Portable)), isa, Precision::F32),
+        },
+        #[allow(unreachable_patterns)] // on x86-64 Linux all are named above
+        _ => return Err(lost()),
+    })
+}
+
+impl Engine {
+    /// Reads and packs every weight, on all threads.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the engine lacks a switch of the configuration, or the CPU the kernel asked for;
+    /// a tensor that is missing, of another shape, or not finite.
+    pub fn new(config: &Config, weights: &dyn Weights, options: &Options) -> Result<Self> {
+        config.validate()?;
+        Net::supports(config)?;
+        let isa = match options.isa {
+            Some(isa) => isa.check()?,
+            None => Isa::choose()?,
+        };
+        let (kernel, isa, precision) = choose(isa, options.precision)?;
+        Self::with_kernel(config, weights, options.threads, kernel, isa, precision)
+    }
+
+    fn with_kernel(
+        config: &Config,
+        weights: &dyn Weights,
+        threads: Option<usize>,
+        kernel: Box<dyn Kernel>,
+        isa: Isa,
+        precision: Precision,
+    ) -> Result<Self> {
+        let pool = Pool::new(threads.unwrap_or_else(physical_cores).clamp(1, available()));
+        let net = Net::read(config, weights, kernel.shape(), &pool)?;
+        let workspace = Mutex::new(Workspace::default());
+        Ok(Self { config: config.clone(), isa, precision, kernel, net, pool, workspace })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The kernels that run.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// How the linear layers are computed: what `auto` came to, and `f32` where a CPU has nothing faster that is as
+    /// exact as what was asked for.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Threads of a pass.
+    pub fn threads(&self) -> usize {
+        self.pool.count()
+    }
+
+    /// Bytes of the packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.net.bytes()
+    }
+
+    /// Pixels `[B, C, H, W]`, normalised as the checkpoint says → everything the model answers.
+    ///
+    /// # Errors
+    /// Pixels that are not `batch` images of the model's size.
+    pub fn forward(&self, pixels: &[f32], batch: usize) -> Result<Output> {
+        let mut output = Output::default();
+        self.forward_into(pixels, batch, &mut output)?;
+        Ok(output)
+    }
+
+    /// [`forward`](Self::forward) into vectors that are used again: after the first call for a batch size nothing is
+    /// allocated.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
+        let logits = if self.config.num_classes > 0 {
+            Some(output.logits.get_or_insert_default())
+        } else {
+            output.logits = None;
+            None
+        };
+        let (features, pre_logits) = (Some(&mut output.features), Some(&mut output.pre_logits));
+        self.run(pixels, batch, Answers { logits, features, pre_logits, blocks: &mut [] })
+    }
+
+    /// Pixels → logits alone, or what the head would read where there is none, into a vector that is used again.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn logits_into(&self, pixels: &[f32], batch: usize, logits: &mut Vec<f32>) -> Result<()> {
+        let (logits, pre_logits) =
+            if self.config.num_classes > 0 { (Some(logits), None) } else { (None, Some(logits)) };
+        self.run(pixels, batch, Answers { logits, features: None, pre_logits, blocks: &mut [] })
+    }
+
+    /// Pixels → tokens after the last norm, `[B, N, D]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_features(&self, pixels: &[f32], batch: usize) -> Result<Vec<f32>> {
+        let mut features = Vec::new();
+        let answers = Answers { logits: None, features: Some(&mut features), pre_logits: None, blocks: &mut [] };
+        self.run(pixels, batch, answers)?;
+        Ok(features)
+    }
+
+    /// Pixels → the tokens `[B, N, D]` that leave each of these blocks (counted from 0), before any norm.
+    ///
+    /// # Errors
+    /// A block that the model has not; as [`forward`](Self::forward).
+    pub fn intermediates(&self, pixels: &[f32], batch: usize, blocks: &[usize]) -> Result<Vec<Vec<f32>>> {
+        if let Some(block) = blocks.iter().find(|&&block| block >= self.config.depth) {
+            let depth = self.config.depth;
+            return Err(Error::Input(format!("block {block} of a model of {depth} blocks (counted from 0)")));
+        }
+        let mut taps: Vec<_> = blocks.iter().map(|&block| (block, Vec::new())).collect();
+        let answers = Answers { logits: None, features: None, pre_logits: None, blocks: &mut taps };
+        self.run(pixels, batch, answers)?;
+        Ok(taps.into_iter().map(|(_, tokens)| tokens).collect())
+    }
+
+    fn run(&self, pixels: &[f32], batch: usize, mut answers: Answers<'_>) -> Result<()> {
+        let (c, [h, w]) = (self.config.in_chans, self.config.img_size);
+        let image = c * h * w;
+        if batch == 0 || batch.checked_mul(image) != Some(pixels.len()) {
+            let found = pixels.len();
+            return Err(Error::Input(format!("{batch} images of [{c}, {h}, {w}] are expected, found {found} values")));
+        }
+        let n = self.config.num_tokens();
+        let at_once = (pass::ROWS_AT_ONCE / n).clamp(1, batch);
+        answers.clear();
+        // a panic in a pass leaves activations behind that the next pass writes anew
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        workspace.fit(&self.config, &*self.kernel, at_once, self.pool.count());
+        for pixels in pixels.chunks(at_once * image) {
+            let images = pixels.len() / image;
+            answers.reserve_taps(images * n * self.config.embed_dim);
+            let pass = Pass::new(self, &workspace, pixels, images, &mut answers);
+            self.pool.run(&|worker| pass.run(worker));
+            pass.answer(&mut answers);
+        }
+        Ok(())
+    }
+}
+
+/// What is wanted of a pass, and where it goes.
+struct Answers<'a> {
+    logits: Option<&'a mut Vec<f32>>,
+    features: Option<&'a mut Vec<f32>>,
+    pre_logits: Option<&'a mut Vec<f32>>,
+    /// Tokens that leave these blocks.
+    blocks: &'a mut [(usize, Vec<f32>)],
+}
+
+impl Answers<'_> {
+    fn clear(&mut self) {
+        let vectors = [&mut self.logits, &mut self.features, &mut self.pre_logits];
+        vectors.into_iter().flatten().for_each(|vector| vector.clear());
+        self.blocks.iter_mut().for_each(|(_, tokens)| tokens.clear());
+    }
+
+    /// Room for the tokens of the images that come next.
+    fn reserve_taps(&mut self, len: usize) {
+        self.blocks.iter_mut().for_each(|(_, tokens)| tokens.resize(tokens.len() + len, 0.0));
+    }
+}

@@ -1,0 +1,375 @@
+//! AMX: tiles of 16 × 32 bf16, multiplied into 16 × 16 f32; everything but the products is AVX-512's.
+//!
+//! The compiler has no stable intrinsics for tiles, so each instruction is a line of assembly behind [`Tiles`]; the
+//! blocking above it is plain Rust, and the tests run it over tiles in plain Rust too.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _MM_HINT_T1, _mm_prefetch, _xgetbv};
+use std::sync::OnceLock;
+
+use super::avx512::Avx512;
+use super::kernel::Entered;
+use super::linear::Multiply;
+use super::pack::{Elements, Product, Shape};
+use super::simd::Simd;
+
+/// Rows of a tile.
+const TILE: usize = 16;
+/// Bytes from a row of a tile to the next, on both sides of a product.
+const STRIDE: usize = 64;
+/// Bytes of a tile.
+const BYTES: usize = TILE * STRIDE;
+/// Columns of a panel, and of the result: two tiles.
+const COLS: usize = 32;
+
+/// Proof that the CPU has AMX for bf16, and that the system lets this process use it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Amx(Avx512);
+
+impl Amx {
+    /// The proof, where it holds. Asks Linux for permission, once.
+    pub(crate) fn detect() -> Option<Self> {
+        static ALLOWED: OnceLock<bool> = OnceLock::new();
+        let avx512 = Avx512::detect()?;
+        ALLOWED.get_or_init(|| has_tiles() && permitted()).then_some(Self(avx512))
+    }
+
+    /// What runs everything but the products.
+    pub(crate) fn avx512(self) -> Avx512 {
+        self.0
+    }
+}
+
+/// Whether the CPU has tiles and their bf16 product, and the system saves them between threads.
+fn has_tiles() -> bool {
+    const BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
+    const TILE_STATE: u64 = 0b11 << 17;
+    #[target_feature(enable = "xsave")]
+    fn saved() -> u64 {
+        // SAFETY: register 0 exists wherever `xsave` does
+        unsafe { _xgetbv(0) }
+    }
+    if !is_x86_feature_detected!("xsave") || __cpuid_count(0, 0).eax < 7 {
+        return false;
+    }
+    // SAFETY: the CPU has `xsave`
+    __cpuid_count(7, 0).edx & BF16_AND_TILE == BF16_AND_TILE && unsafe { saved() } & TILE_STATE == TILE_STATE
+}
+
+/// Linux gives a process the 8 KB of tile state only when asked.
+fn permitted() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    // SAFETY: a system call with two numbers
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+/// The tile registers: 0 to 3 for sums, 4 and 5 for the left side, 6 and 7 for the right.
+///
+/// # Safety of every function
+/// Pointers are valid for 16 rows of 64 bytes, `stride` bytes apart.
+pub(crate) trait Tiles: Sized {
+    /// Configures the calling thread's tiles.
+    fn enter() -> Option<Entered>;
+    /// The registers, in an unknown state.
+    fn new() -> Self;
+    unsafe fn zero<const T: usize>(&mut self);
+    unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize);
+    /// A load of what will not be needed again soon.
+    unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize);
+    unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
+    /// `C += A · B`
+    unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self);
+    /// A hint that the cache line will be written.
+    fn will_write(p: *const u8);
+}
+
+/// The CPU's tiles. A value exists only behind an [`Amx`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Registers(());
+
+impl Tiles for Registers {
+    fn enter() -> Option<Entered> {
+        #[repr(C, align(64))]
+        struct Configuration {
+            palette: u8,
+            start_row: u8,
+            reserved: [u8; 14],
+            row_bytes: [u16; 16],
+            rows: [u8; 16],
+        }
+        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+        row_bytes[..8].fill(STRIDE as u16);
+        rows[..8].fill(TILE as u8);
+        let configuration = Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
+        // SAFETY: `Amx` proves the instruction, which reads these 64 bytes
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
+        Some(Entered(|| {
+            // SAFETY: as above
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }))
+    }
+
+    #[inline(always)]
+    fn new() -> Self {
+        Self(())
+    }
+
+    #[inline(always)]
+    unsafe fn zero<const T: usize>(&mut self) {
+        // SAFETY: `enter` has configured the tiles
+        unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
+        // SAFETY: as for `zero`; the caller's pointer
+        unsafe {
+            asm!("tileloadd tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) from, s = in(reg) stride, options(nostack, readonly));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize) {
+        // SAFETY: as for `load`
+        unsafe {
+            asm!("tileloaddt1 tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) from, s = in(reg) stride, options(nostack, readonly));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
+        // SAFETY: as for `load`
+        unsafe {
+            asm!("tilestored [{p} + {s}*1], tmm{t}", t = const T, p = in(reg) to, s = in(reg) stride, options(nostack));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
+        // SAFETY: as for `zero`
+        unsafe {
+            asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B, options(nostack, nomem));
+        }
+    }
+
+    #[inline(always)]
+    fn will_write(p: *const u8) {
+        // SAFETY: a hint, which no address can make fail
+        unsafe { asm!("prefetchw [{}]", in(reg) p, options(nostack, readonly)) }
+    }
+}
+
+/// Products in tiles: of bf16, or (`SPLIT`) of bf16 twice, high · high + high · low + low · high.
+#[derive(Debug)]
+pub(crate) struct Tiled<T, const SPLIT: bool> {
+    avx512: Avx512,
+    tiles: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
+    /// Over tiles that the caller knows this CPU to have.
+    pub(crate) fn new(avx512: Avx512) -> Self {
+        Self { avx512, tiles: std::marker::PhantomData }
+    }
+}
+
+impl<T, const SPLIT: bool> Clone for Tiled<T, SPLIT> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, const SPLIT: bool> Copy for Tiled<T, SPLIT> {}
+
+impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
+    type S = Avx512;
+    const SHAPE: Shape = Shape {
+        elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 },
+        tile: TILE,
+        cols: COLS,
+        run: Avx512::RUN,
+    };
+    /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other.
+    const DEPTH: usize = if SPLIT { 6 } else { 12 };
+    const GROUP: usize = 1;
+
+    fn simd(self) -> Avx512 {
+        self.avx512
+    }
+
+    fn enter(self) -> Option<Entered> {
+        T::enter()
+    }
+
+    unsafe fn product(self, p: &Product) {
+        let steps = p.rows.div_ceil(2 * TILE) * p.chunks;
+        let panel_bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
+        let mut ahead = Ahead { next: p.next, lines: panel_bytes.div_ceil(64).div_ceil(steps.max(1)) };
+        for first in (0..p.rows).step_by(2 * TILE) {
+            // SAFETY: the caller's; `c` has room for whole tiles
+            unsafe {
+                if p.rows - first > TILE {
+                    block::<T, SPLIT, true>(p, first, &mut ahead);
+                } else {
+                    block::<T, SPLIT, false>(p, first, &mut ahead);
+                }
+            }
+        }
+    }
+}
+
+/// Fetches the next panel into the second-level cache, some lines a step.
+struct Ahead {
+    next: *const u8,
+    lines: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn step(&mut self) {
+        for _ in 0..self.lines {
+            // SAFETY: a hint, which no address can make fail
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
+            self.next = self.next.wrapping_add(64);
+        }
+    }
+}
+
+/// Two tiles of rows (or one) times two tiles of columns, over all chunks.
+///
+/// # Safety
+/// As [`Product`] says; `c` has room for whole tiles of rows.
+#[inline(always)]
+unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(p: &Product, first: usize, ahead: &mut Ahead) {
+    const ROW: usize = COLS * size_of::<f32>();
+    let mut t = T::new();
+    // SAFETY: the caller's
+    unsafe {
+        let (mut top, mut bottom) = (p.a_tile(first, TILE), p.a_tile(first + TILE, TILE));
+        let mut b = p.b;
+        let c = p.c.add(first * COLS).cast::<u8>();
+        let c2 = c.wrapping_add(TILE * ROW);
+        if p.accumulate {
+            t.load::<0>(c, ROW);
+            t.load::<1>(c.add(STRIDE), ROW);
+            if BOTH {
+                t.load::<2>(c2, ROW);
+                t.load::<3>(c2.add(STRIDE), ROW);
+            }
+        } else {
+            t.zero::<0>();
+            t.zero::<1>();
+            t.zero::<2>();
+            t.zero::<3>();
+        }
+        let c_lines = if BOTH { 2 * TILE * 2 } else { TILE * 2 };
+        let c_step = c_lines.div_ceil(p.chunks);
+        for chunk in 0..p.chunks {
+            t.load_once::<4>(top, STRIDE);
+            t.load::<6>(b, STRIDE);
+            t.dot::<0, 4, 6>();
+            t.load::<7>(b.add(BYTES), STRIDE);
+            t.dot::<1, 4, 7>();
+            if BOTH {
+                t.load_once::<5>(bottom, STRIDE);
+                t.dot::<2, 5, 6>();
+                t.dot::<3, 5, 7>();
+            }
+            ahead.step();
+            for line in chunk * c_step..c_lines.min((chunk + 1) * c_step) {
+                T::will_write(c.add(line * STRIDE));
+            }
+            if SPLIT {
+                // low · high while the high right side is there, then high · low
+                t.load_once::<4>(top.add(p.a_low), STRIDE);
+                t.dot::<0, 4, 6>();
+                t.dot::<1, 4, 7>();
+                if BOTH {
+                    t.load_once::<5>(bottom.add(p.a_low), STRIDE);
+                    t.dot::<2, 5, 6>();
+                    t.dot::<3, 5, 7>();
+                }
+                t.load::<6>(b.add(2 * BYTES), STRIDE);
+                t.load::<7>(b.add(3 * BYTES), STRIDE);
+                t.load::<4>(top, STRIDE);
+                t.dot::<0, 4, 6>();
+                t.dot::<1, 4, 7>();
+                if BOTH {
+                    t.load::<5>(bottom, STRIDE);
+                    t.dot::<2, 5, 6>();
+                    t.dot::<3, 5, 7>();
+                }
+            }
+            top = top.add(BYTES);
+            bottom = bottom.wrapping_add(BYTES);
+            b = b.add(if SPLIT { 4 * BYTES } else { 2 * BYTES });
+        }
+        t.store::<0>(c, ROW);
+        t.store::<1>(c.add(STRIDE), ROW);
+        if BOTH {
+            t.store::<2>(c2, ROW);
+            t.store::<3>(c2.add(STRIDE), ROW);
+        }
+    }
+}
+
+/// Tiles in plain Rust, as Intel's manual describes the instructions.
+#[cfg(test)]
+pub(crate) mod emulated {
+    use super::{Entered, STRIDE, TILE, Tiles};
+
+    pub(crate) struct Emulated([[[u32; 16]; TILE]; 8]);
+
+    fn pair(x: u32) -> [f32; 2] {
+        [f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000)]
+    }
+
+    impl Tiles for Emulated {
+        fn enter() -> Option<Entered> {
+            None
+        }
+
+        fn new() -> Self {
+            Self([[[0x7fc0_7fc0; 16]; TILE]; 8]) // NaN: a register that was not loaded shows
+        }
+
+        unsafe fn zero<const T: usize>(&mut self) {
+            self.0[T] = [[0; 16]; TILE];
+        }
+
+        unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
+            for (i, row) in self.0[T].iter_mut().enumerate() {
+                // SAFETY: the caller's
+                *row = unsafe { from.add(i * stride).cast::<[u32; STRIDE / 4]>().read_unaligned() };
+            }
+        }
+
+        unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize) {
+            // SAFETY: the caller's
+            unsafe { self.load::<T>(from, stride) }
+        }
+
+        unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
+            for (i, row) in self.0[T].iter().enumerate() {
+                // SAFETY: the caller's
+                unsafe { to.add(i * stride).cast::<[u32; STRIDE / 4]>().write_unaligned(*row) };
+            }
+        }
+
+        unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
+            for m in 0..TILE {
+                for k in 0..16 {
+                    let [a0, a1] = pair(self.0[A][m][k]);
+                    for n in 0..16 {
+                        let [b0, b1] = pair(self.0[B][k][n]);
+                        let c = f32::from_bits(self.0[C][m][n]);
+                        self.0[C][m][n] = (c + a0 * b0 + a1 * b1).to_bits();
+                    }
+                }
+            }
+        }
+
+        fn will_write(_: *const u8) {}
+    }
+}

@@ -1,0 +1,137 @@
+//! AVX2 with FMA: eight lanes, register tiles of 6 × 16.
+
+use std::arch::x86_64::*;
+
+use super::pack::Product;
+use super::simd::{Op, Simd, lanewise, tile};
+
+/// Proof that the CPU has AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The proof, where it holds.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+}
+
+/// A register tile of `ROWS` rows.
+///
+/// # Safety
+/// The CPU has the features; otherwise as [`Product`] says.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows<const ROWS: usize>(p: &Product, first: usize) {
+    // SAFETY: as the caller says
+    unsafe {
+        let (a, c) = (p.a_tile(first, Avx2::TILE), p.c.add(first * Avx2::COLS));
+        tile::<Avx2, ROWS>(Avx2(()), a.cast(), Avx2::TILE * 16, p.b.cast(), p.chunks, c, p.accumulate);
+    }
+}
+
+impl Simd for Avx2 {
+    type F = __m256;
+    const LANES: usize = 8;
+    const TILE: usize = 6;
+    const BLOCK: usize = 6;
+    const COLS: usize = 16;
+    const RUN: usize = 8;
+
+    #[inline(always)]
+    fn run<T: Op<Self>>(self, op: T) -> T::Out {
+        #[target_feature(enable = "avx2,fma")]
+        fn go<T: Op<Avx2>>(s: Avx2, op: T) -> T::Out {
+            op.call(s)
+        }
+        // SAFETY: `self` proves the features
+        unsafe { go(self, op) }
+    }
+
+    #[inline(always)]
+    unsafe fn product(self, p: &Product) {
+        for first in (0..p.rows).step_by(Self::TILE) {
+            // SAFETY: `self` proves the features; the rest is the caller's
+            unsafe {
+                match p.rows - first {
+                    1 => rows::<1>(p, first),
+                    2 => rows::<2>(p, first),
+                    3 => rows::<3>(p, first),
+                    4 => rows::<4>(p, first),
+                    5 => rows::<5>(p, first),
+                    _ => rows::<6>(p, first),
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m256 {
+        // SAFETY: `self` proves the features, the caller the pointer
+        unsafe { _mm256_loadu_ps(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, x: __m256) {
+        // SAFETY: as for `load`
+        unsafe { _mm256_storeu_ps(p, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> __m256 {
+        // SAFETY: as for `load`
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, x: __m256) {
+        // SAFETY: as for `load`
+        unsafe {
+            let bits = _mm256_castps_si256(x);
+            let odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+            let high = _mm256_srli_epi32(rounded, 16);
+            let packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+
+    lanewise! { __m256:
+        splat(x: f32) -> _mm256_set1_ps(x);
+        add(a: __m256, b: __m256) -> _mm256_add_ps(a, b);
+        sub(a: __m256, b: __m256) -> _mm256_sub_ps(a, b);
+        mul(a: __m256, b: __m256) -> _mm256_mul_ps(a, b);
+        div(a: __m256, b: __m256) -> _mm256_div_ps(a, b);
+        fma(a: __m256, b: __m256, c: __m256) -> _mm256_fmadd_ps(a, b, c);
+        max(a: __m256, b: __m256) -> _mm256_max_ps(a, b);
+        min(a: __m256, b: __m256) -> _mm256_min_ps(a, b);
+        abs(a: __m256) -> _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
+        round(a: __m256) -> _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        pow2(n: __m256) -> {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))
+        };
+        if_positive(x: __m256, a: __m256, b: __m256) -> {
+            _mm256_blendv_ps(b, a, _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_setzero_ps()))
+        };
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m256) -> f32 {
+        // SAFETY: `self` proves the features
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)))
+        }
+    }
+
+    #[inline(always)]
+    fn largest(self, a: __m256) -> f32 {
+        // SAFETY: `self` proves the features
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)))
+        }
+    }
+}

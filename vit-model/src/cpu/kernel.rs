@@ -1,0 +1,132 @@
+//! A kernel: the handful of operations of a forward pass, compiled for one instruction set and one kind of elements.
+
+use super::attention;
+use super::linear::{self, Multiply};
+use super::norm::NormRows;
+use super::pack::{Acts, Rows, Shape};
+use super::simd::{Op, Simd};
+
+/// What the engine asks of a kernel. One unit of a job is one call; units run on any thread, in any order.
+pub(crate) trait Kernel: Send + Sync {
+    /// How both sides of the linear layers lie in memory.
+    fn shape(&self) -> Shape;
+    /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
+    fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
+    /// Prepares a thread for a pass; the answer undoes it when dropped.
+    fn enter(&self) -> Option<Entered>;
+    /// Independent parts of a linear job.
+    fn linear_units(&self, job: &linear::Job<'_>, threads: usize) -> usize;
+    fn linear(&self, job: &linear::Job<'_>, unit: usize, threads: usize, scratch: *mut f32);
+    fn attention(&self, job: &attention::Job<'_>, unit: usize, threads: usize, scratch: *mut f32);
+    fn norm(&self, rows: NormRows<'_>);
+    fn copy(&self, rows: CopyRows);
+    fn patches(&self, patches: Patches<'_>);
+}
+
+/// A thread's state for a pass, given back when dropped.
+pub(crate) struct Entered(pub(crate) fn());
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+impl<M: Multiply> Kernel for M {
+    fn shape(&self) -> Shape {
+        M::SHAPE
+    }
+
+    fn attention_scratch(&self, keys: usize, dim: usize) -> usize {
+        attention::scratch_bytes::<M::S>(keys, dim)
+    }
+
+    fn enter(&self) -> Option<Entered> {
+        Multiply::enter(*self)
+    }
+
+    fn linear_units(&self, job: &linear::Job<'_>, threads: usize) -> usize {
+        job.units::<M>(threads)
+    }
+
+    fn linear(&self, job: &linear::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
+        self.simd().run(linear::Unit { multiply: *self, job, unit, threads, scratch });
+    }
+
+    fn attention(&self, job: &attention::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
+        self.simd().run(attention::Unit { job, unit, threads, scratch });
+    }
+
+    fn norm(&self, rows: NormRows<'_>) {
+        self.simd().run(rows);
+    }
+
+    fn copy(&self, rows: CopyRows) {
+        self.simd().run(rows);
+    }
+
+    fn patches(&self, patches: Patches<'_>) {
+        self.simd().run(patches);
+    }
+}
+
+/// f32 rows → tiles.
+pub(crate) struct CopyRows {
+    /// Row `i · step + first` goes to row `i`.
+    pub(crate) from: Rows,
+    pub(crate) step: usize,
+    pub(crate) first: usize,
+    pub(crate) rows: std::ops::Range<usize>,
+    pub(crate) dim: usize,
+    pub(crate) to: Acts,
+}
+
+impl<S: Simd> Op<S> for CopyRows {
+    type Out = ();
+
+    #[inline(always)]
+    fn call(self, s: S) {
+        for i in self.rows.clone() {
+            // SAFETY: the plan's rows are inside their buffers, and each is one unit's
+            unsafe {
+                let from = std::slice::from_raw_parts(self.from.row(i * self.step + self.first), self.dim);
+                self.to.put_row(s, i, 0, from);
+            }
+        }
+    }
+}
+
+/// One row of patches of one image → as many rows of tiles: `[C, h, w] → [columns, C · ph · pw]`.
+pub(crate) struct Patches<'a> {
+    /// The image, channel by channel.
+    pub(crate) pixels: &'a [f32],
+    pub(crate) image_size: [usize; 2],
+    pub(crate) patch_size: [usize; 2],
+    /// Which row of patches.
+    pub(crate) grid_row: usize,
+    /// Its first row in `to`.
+    pub(crate) first: usize,
+    /// Scratch for one patch.
+    pub(crate) patch: *mut f32,
+    pub(crate) to: Acts,
+}
+
+impl<S: Simd> Op<S> for Patches<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call(self, s: S) {
+        let ([height, width], [ph, pw]) = (self.image_size, self.patch_size);
+        let channels = self.pixels.len() / (height * width);
+        // SAFETY: the scratch has room for a patch, and is this thread's own
+        let patch = unsafe { std::slice::from_raw_parts_mut(self.patch, channels * ph * pw) };
+        for column in 0..width / pw {
+            for (i, run) in patch.chunks_exact_mut(pw).enumerate() {
+                let (channel, y) = (i / ph, self.grid_row * ph + i % ph);
+                run.copy_from_slice(&self.pixels[(channel * height + y) * width + column * pw..][..pw]);
+            }
+            // SAFETY: the plan has a row for every patch, and this row of patches is one unit's
+            unsafe { self.to.put_row(s, self.first + column, 0, patch) };
+        }
+    }
+}

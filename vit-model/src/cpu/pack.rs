@@ -1,0 +1,489 @@
+//! How matrices lie in memory: weights in panels, activations in tiles, both in the order in which a product reads them.
+//!
+//! Everything is cut along K in *chunks* of 64 bytes a row: 16 values in f32, 32 in bf16. The left side of a product is
+//! cut in tiles of rows, `[tile][chunk][row][64 bytes]`; the right side in panels of columns,
+//! `[panel][chunk][run][16][column of the run]`, in bf16 with pairs along K side by side as the dot-product
+//! instructions want them. Padding is zero.
+
+use super::buffer::Buffer;
+use super::simd::Simd;
+use crate::weights::widen;
+use crate::{Error, Result, Weights};
+
+/// Bytes of a row in a chunk.
+pub(crate) const CHUNK_BYTES: usize = 64;
+
+/// The elements of the two sides of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Elements {
+    /// f32 on both sides.
+    F32,
+    /// Weights in bf16, which become f32 before the product; activations in f32.
+    Widened,
+    /// bf16 on both sides.
+    Bf16,
+    /// bf16 twice on both sides: the value, and what the rounding left over.
+    Bf16x3,
+}
+
+impl Elements {
+    /// Values of a row in a chunk of activations.
+    pub(crate) const fn chunk(self) -> usize {
+        match self {
+            Self::F32 | Self::Widened => 16,
+            Self::Bf16 | Self::Bf16x3 => 32,
+        }
+    }
+
+    /// Copies of the activations: the value, and what the rounding left over.
+    pub(crate) const fn planes(self) -> usize {
+        if matches!(self, Self::Bf16x3) { 2 } else { 1 }
+    }
+
+    /// Bytes of one column of one chunk of weights.
+    pub(crate) const fn column_bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 64,
+            Self::Widened => 32,
+            Self::Bf16x3 => 128,
+        }
+    }
+}
+
+/// The shape of tiles and panels, as a kernel wants them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) elements: Elements,
+    /// Rows of a tile of activations.
+    pub(crate) tile: usize,
+    /// Columns of a panel of weights.
+    pub(crate) cols: usize,
+    /// Columns side by side in a panel.
+    pub(crate) run: usize,
+}
+
+/// A block of rows times a panel of columns: `C = A · B`, or `C += A · B`.
+///
+/// Whoever runs one promises: `a` is valid for reading `rows` rows in tiles (whole tiles, where the kernel takes whole
+/// tiles) of `chunks` chunks, `b` for `chunks` chunks of a panel, `c` for writing `rows` rows of the panel's width,
+/// rounded up to whole tiles.
+pub(crate) struct Product {
+    /// The first chunk of the first row; rows start at a tile.
+    pub(crate) a: *const u8,
+    /// Bytes from a tile to the next.
+    pub(crate) a_tile: usize,
+    /// Bytes from the values to what the rounding left over.
+    pub(crate) a_low: usize,
+    pub(crate) rows: usize,
+    pub(crate) b: *const u8,
+    pub(crate) chunks: usize,
+    /// Row-major, as wide as the panel.
+    pub(crate) c: *mut f32,
+    pub(crate) accumulate: bool,
+    /// What will be read next; a hint.
+    pub(crate) next: *const u8,
+}
+
+impl Product {
+    /// Where the tile begins that has `row`.
+    ///
+    /// # Safety
+    /// `row` is a row of the product.
+    pub(crate) unsafe fn a_tile(&self, row: usize, tile: usize) -> *const u8 {
+        // SAFETY: the caller's
+        unsafe { self.a.add(row / tile * self.a_tile) }
+    }
+}
+
+/// Activations in tiles: a view of a buffer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Acts {
+    start: *mut u8,
+    shape: Shape,
+    /// Chunks of a row.
+    chunks: usize,
+    /// Bytes of one plane.
+    plane: usize,
+}
+
+// SAFETY: a pointer to memory that the threads of a pass share; they write disjoint rows or columns
+unsafe impl Send for Acts {}
+// SAFETY: as above
+unsafe impl Sync for Acts {}
+
+impl Acts {
+    /// Chunks that hold `columns` values.
+    fn chunks_of(shape: Shape, columns: usize) -> usize {
+        columns.div_ceil(shape.elements.chunk())
+    }
+
+    /// Bytes for `rows` rows of `columns` columns, room for whole panels included.
+    pub(crate) fn bytes(shape: Shape, rows: usize, columns: usize) -> usize {
+        let chunks = Self::chunks_of(shape, columns.next_multiple_of(shape.cols));
+        rows.next_multiple_of(shape.tile) * chunks * CHUNK_BYTES * shape.elements.planes()
+    }
+
+    /// A view of zeroed memory of [`bytes`](Self::bytes) bytes.
+    pub(crate) fn new(start: *mut u8, shape: Shape, rows: usize, columns: usize) -> Self {
+        let chunks = Self::chunks_of(shape, columns.next_multiple_of(shape.cols));
+        let plane = rows.next_multiple_of(shape.tile) * chunks * CHUNK_BYTES;
+        Self { start, shape, chunks, plane }
+    }
+
+    /// The product's left side from `row` (the first of a tile) and `chunk` on: pointer, bytes a tile, bytes a plane.
+    pub(crate) fn left(&self, row: usize, chunk: usize) -> (*const u8, usize, usize) {
+        let tile = self.shape.tile * self.chunks * CHUNK_BYTES;
+        // inside the buffer, as rows and chunks are
+        let start = self.start.wrapping_add(row / self.shape.tile * tile + chunk * self.shape.tile * CHUNK_BYTES);
+        (start, tile, self.plane)
+    }
+
+    /// Where a value lies, in bytes.
+    #[inline(always)]
+    fn offset(&self, row: usize, column: usize) -> usize {
+        let (tile, chunk) = (self.shape.tile, self.shape.elements.chunk());
+        let start = (row / tile * self.chunks + column / chunk) * tile + row % tile;
+        start * CHUNK_BYTES + column % chunk * (CHUNK_BYTES / chunk)
+    }
+
+    /// Writes one vector.
+    ///
+    /// # Safety
+    /// The view's memory is alive and has the row and `LANES` columns from `column`, a multiple of `LANES`; no other
+    /// thread touches them.
+    #[inline(always)]
+    pub(crate) unsafe fn put<S: Simd>(&self, s: S, row: usize, column: usize, x: S::F) {
+        // SAFETY: the caller's
+        unsafe {
+            let p = self.start.add(self.offset(row, column));
+            match self.shape.elements {
+                Elements::F32 | Elements::Widened => s.store(p.cast(), x),
+                Elements::Bf16 => s.store_bf16(p.cast(), x),
+                Elements::Bf16x3 => {
+                    s.store_bf16(p.cast(), x);
+                    s.store_bf16(p.add(self.plane).cast(), s.sub(x, s.load_bf16(p.cast())));
+                }
+            }
+        }
+    }
+
+    /// Writes a run of values that begins at any column.
+    ///
+    /// # Safety
+    /// As for [`put`](Self::put), with `values.len()` columns.
+    #[inline(always)]
+    pub(crate) unsafe fn put_row<S: Simd>(&self, s: S, row: usize, column: usize, values: &[f32]) {
+        let mut at = 0;
+        if column.is_multiple_of(S::LANES) {
+            while at + S::LANES <= values.len() {
+                // SAFETY: the caller's; the values were counted
+                unsafe { self.put(s, row, column + at, s.load(values.as_ptr().add(at))) };
+                at += S::LANES;
+            }
+        }
+        for (i, &x) in values.iter().enumerate().skip(at) {
+            // SAFETY: the caller's
+            unsafe {
+                let p = self.start.add(self.offset(row, column + i));
+                match self.shape.elements {
+                    Elements::F32 | Elements::Widened => *p.cast::<f32>() = x,
+                    Elements::Bf16 => *p.cast() = half::bf16::from_f32(x),
+                    Elements::Bf16x3 => {
+                        let high = half::bf16::from_f32(x);
+                        *p.cast() = high;
+                        *p.add(self.plane).cast() = half::bf16::from_f32(x - high.to_f32());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// f32 rows, one after the other, each with room for whole panels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    start: *mut f32,
+    /// Values from a row to the next.
+    pub(crate) stride: usize,
+}
+
+// SAFETY: as for `Acts`
+unsafe impl Send for Rows {}
+// SAFETY: as for `Acts`
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// Values from a row to the next: a multiple of a cache line, but not of a page, whose rows would share cache sets.
+    fn stride(columns: usize) -> usize {
+        columns.next_multiple_of(64) + 16
+    }
+
+    /// Bytes for `rows` rows of `columns` columns.
+    pub(crate) fn bytes(rows: usize, columns: usize) -> usize {
+        // a panel's width more: attention reads whole panels of a head that may be narrower
+        (rows * Self::stride(columns) + 64) * size_of::<f32>()
+    }
+
+    /// A view of memory of [`bytes`](Self::bytes) bytes.
+    pub(crate) fn new(start: *mut u8, columns: usize) -> Self {
+        Self { start: start.cast(), stride: Self::stride(columns) }
+    }
+
+    /// A view of rows without room between them.
+    pub(crate) fn packed(start: *mut f32, columns: usize) -> Self {
+        Self { start, stride: columns }
+    }
+
+    /// Where a row begins; valid while the memory is alive and the row is inside.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> *mut f32 {
+        self.start.wrapping_add(row * self.stride)
+    }
+}
+
+/// A linear layer, packed: `y = W x + b`.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// Outputs, and their columns of padding not counted.
+    pub(crate) n: usize,
+    /// Inputs.
+    pub(crate) k: usize,
+    /// Each panel's first half is a gate, its second the values that it gates.
+    pub(crate) gated: bool,
+    shape: Shape,
+    panels: Buffer,
+    bias: Buffer,
+}
+
+/// Where a linear layer's rows come from.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    /// `.weight` and `.bias` follow.
+    pub(crate) name: String,
+    /// A second layer whose outputs follow; for gates.
+    pub(crate) second: Option<String>,
+    /// The name of a factor per output.
+    pub(crate) scale: Option<String>,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) bias: bool,
+    pub(crate) gated: bool,
+}
+
+impl Linear {
+    /// Reads and packs.
+    pub(crate) fn read(weights: &dyn Weights, source: &Source, shape: Shape) -> Result<Self> {
+        let parts = 1 + usize::from(source.second.is_some());
+        let names = || std::iter::once(&source.name).chain(&source.second);
+        let rows = source.n / parts; // of each part
+        let mut matrix = Vec::with_capacity(parts);
+        let mut bias = Vec::with_capacity(source.n);
+        for name in names() {
+            let weight = format!("{name}.weight");
+            let info = expect(weights, &weight, |shape| {
+                shape.split_first().is_some_and(|(&n, rest)| n == rows && count(rest) == Some(source.k))
+            })?;
+            matrix.push((weight.clone(), info, weights.read(&weight)?));
+            if source.bias {
+                bias.extend(vector(weights, &format!("{name}.bias"), rows)?);
+            }
+        }
+        let scale = source.scale.as_ref().map(|name| vector(weights, name, source.n)).transpose()?;
+        bias.resize(source.n, 0.0);
+        if let Some(scale) = &scale {
+            bias.iter_mut().zip(scale).for_each(|(b, s)| *b *= s);
+        }
+        Self::pack(source, shape, &bias, |row, out| {
+            let (name, dtype, bytes) = &matrix[row / rows];
+            let width = source.k * dtype.size();
+            let at = row % rows * width;
+            let Some(bytes) = bytes.get(at..at + width) else {
+                return Err(Error::tensor(name, format!("holds {} bytes, fewer than its shape says", bytes.len())));
+            };
+            match dtype {
+                crate::Dtype::F32 => out
+                    .iter_mut()
+                    .zip(bytes.chunks_exact(4))
+                    .for_each(|(x, b)| *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+                _ => out.copy_from_slice(&widen(*dtype, bytes)),
+            }
+            if !finite(out) {
+                return Err(Error::tensor(name, NOT_FINITE));
+            }
+            if let Some(scale) = &scale {
+                for x in out {
+                    *x *= scale[row];
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Packs the rows that `read` writes, one of `k` values at a time.
+    pub(crate) fn pack(
+        source: &Source,
+        shape: Shape,
+        bias: &[f32],
+        mut read: impl FnMut(usize, &mut [f32]) -> Result<()>,
+    ) -> Result<Self> {
+        let (n, k, gated) = (source.n, source.k, source.gated);
+        let (cols, chunks) = (shape.cols, k.div_ceil(shape.elements.chunk()));
+        let count = n.div_ceil(cols);
+        let panel_bytes = chunks * cols * shape.elements.column_bytes();
+        let this = Self {
+            n,
+            k,
+            gated,
+            shape,
+            panels: Buffer::new(count * panel_bytes),
+            bias: Buffer::new(count * cols * size_of::<f32>()),
+        };
+        let width = chunks * shape.elements.chunk();
+        let mut rows = vec![0f32; cols * width];
+        for panel in 0..count {
+            for column in 0..cols {
+                let row = this.output(panel * cols + column);
+                let out = &mut rows[column * width..][..width];
+                match row {
+                    Some(row) => read(row, &mut out[..k])?,
+                    None => out.fill(0.0),
+                }
+                if let Some(row) = row {
+                    // SAFETY: the buffer has a bias for every column, and is ours alone
+                    unsafe { *this.bias.ptr().cast::<f32>().add(panel * cols + column) = bias[row] };
+                }
+            }
+            // SAFETY: `rows` has `cols` rows of `chunks` chunks, and the buffer this panel; it is ours alone
+            unsafe {
+                let to = this.panels.ptr().add(panel * panel_bytes);
+                pack_panel(shape, rows.as_ptr(), width, cols, chunks, to);
+            }
+        }
+        Ok(this)
+    }
+
+    /// The row of the weight that stands in a column, if one does.
+    fn output(&self, column: usize) -> Option<usize> {
+        if !self.gated {
+            return (column < self.n).then_some(column);
+        }
+        let (half, outputs) = (self.shape.cols / 2, self.n / 2);
+        let (panel, at) = (column / self.shape.cols, column % self.shape.cols);
+        let output = panel * half + at % half;
+        (output < outputs).then_some(if at < half { output } else { outputs + output })
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.n.div_ceil(self.shape.cols)
+    }
+
+    /// Chunks of a panel.
+    pub(crate) fn chunks(&self) -> usize {
+        self.k.div_ceil(self.shape.elements.chunk())
+    }
+
+    /// A panel from one of its chunks on. The memory lives as long as `self`.
+    pub(crate) fn panel(&self, panel: usize, chunk: usize) -> *const u8 {
+        let column = self.shape.elements.column_bytes();
+        self.panels.ptr().wrapping_add((panel * self.chunks() + chunk) * self.shape.cols * column)
+    }
+
+    /// The biases of a panel's columns, zero where there are none.
+    pub(crate) fn bias(&self, panel: usize) -> *const f32 {
+        self.bias.ptr().cast::<f32>().wrapping_add(panel * self.shape.cols)
+    }
+
+    /// Bytes of the packed copy.
+    pub(crate) fn bytes(&self) -> usize {
+        self.panels.len() + self.bias.len()
+    }
+}
+
+/// Packs `columns` columns, rows of a row-major matrix with `stride` values a row, as one panel; the columns that a
+/// panel has beyond those are left as they are.
+///
+/// # Safety
+/// `from` is valid for reading `columns` rows of `chunks` chunks, `to` for writing a panel of as many.
+#[inline(always)]
+pub(crate) unsafe fn pack_panel(
+    shape: Shape,
+    from: *const f32,
+    stride: usize,
+    columns: usize,
+    chunks: usize,
+    to: *mut u8,
+) {
+    let (cols, run) = (shape.cols, shape.run);
+    // SAFETY: the caller's; every offset below is inside a panel as the module's head describes it
+    unsafe {
+        for chunk in 0..chunks {
+            for column in 0..columns {
+                let (half, lane) = (column / run, column % run);
+                let row = from.add(column * stride + chunk * shape.elements.chunk());
+                match shape.elements {
+                    Elements::F32 => {
+                        let to = to.cast::<f32>().add(chunk * cols * 16 + half * run * 16 + lane);
+                        (0..16).for_each(|k| *to.add(k * run) = *row.add(k));
+                    }
+                    Elements::Widened => {
+                        let to = to.cast::<u16>().add(chunk * cols * 16 + half * run * 16 + lane);
+                        (0..16).for_each(|k| *to.add(k * run) = bf16(*row.add(k)));
+                    }
+                    Elements::Bf16 => {
+                        let to = to.cast::<u16>().add(chunk * cols * 32 + half * run * 32 + lane * 2);
+                        (0..32).for_each(|k| *to.add(k / 2 * run * 2 + k % 2) = bf16(*row.add(k)));
+                    }
+                    Elements::Bf16x3 => {
+                        let to = to.cast::<u16>().add(chunk * cols * 64 + half * run * 32 + lane * 2);
+                        for k in 0..32 {
+                            let (x, to) = (*row.add(k), to.add(k / 2 * run * 2 + k % 2));
+                            *to = bf16(x);
+                            *to.add(cols * 32) = bf16(x - f32::from_bits(u32::from(*to) << 16));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// To bf16, to nearest, ties to even; for finite values.
+#[inline(always)]
+fn bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+const NOT_FINITE: &str = "holds NaN or infinity; the checkpoint is damaged";
+
+fn finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    !values.iter().fold(false, |found, x| found | (x.to_bits() & EXPONENT == EXPONENT))
+}
+
+/// The element type of a tensor, if its shape is as it should be.
+fn expect(weights: &dyn Weights, name: &str, right: impl Fn(&[usize]) -> bool) -> Result<crate::Dtype> {
+    let info = weights.tensors().get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+    if !right(&info.shape) {
+        return Err(Error::tensor(name, format!("has shape {:?}, which does not fit the configuration", info.shape)));
+    }
+    Ok(info.dtype)
+}
+
+/// Elements of a shape, if that many can be counted.
+fn count(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim))
+}
+
+/// A tensor of `len` values, whatever its shape.
+pub(crate) fn vector(weights: &dyn Weights, name: &str, len: usize) -> Result<Vec<f32>> {
+    expect(weights, name, |shape| count(shape) == Some(len))?;
+    let values = weights.read_f32(name)?;
+    if values.len() != len {
+        return Err(Error::tensor(name, format!("holds {} values, expected {len}", values.len())));
+    }
+    if !finite(&values) {
+        return Err(Error::tensor(name, NOT_FINITE));
+    }
+    Ok(values)
+}

@@ -1,0 +1,209 @@
+//! What a kernel needs from an instruction set: a vector of f32, and on top of it the functions of a ViT.
+//!
+//! A value of a type that implements [`Simd`] is the proof that the CPU has the instructions: only `detect` makes one.
+//! Generic code is written once over `Simd`, forced inline into [`Simd::run`], and compiled there with the instruction
+//! set switched on.
+
+// constants stand as they were published
+#![allow(clippy::excessive_precision)]
+
+use super::pack::Product;
+
+/// A computation that is to be compiled for an instruction set.
+pub(crate) trait Op<S: Simd> {
+    /// What it answers.
+    type Out;
+    /// Runs it; implementations are `#[inline(always)]`.
+    fn call(self, s: S) -> Self::Out;
+}
+
+/// An instruction set: a vector of f32, and the product of a block of rows with a panel of columns.
+///
+/// Pointers that are loaded from and stored to need no alignment, but must be valid for the whole vector.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// A vector of f32.
+    type F: Copy;
+    /// Its length.
+    const LANES: usize;
+    /// Rows that the product holds in registers, and so the rows of a tile of its left side in memory.
+    const TILE: usize;
+    /// Rows that attention takes at once.
+    const BLOCK: usize;
+    /// Columns of a panel.
+    const COLS: usize;
+    /// Columns of a panel that stand side by side in memory; the next run follows 16 rows later.
+    const RUN: usize;
+
+    /// Runs `op` with the instruction set switched on.
+    fn run<T: Op<Self>>(self, op: T) -> T::Out;
+    /// The product in f32.
+    ///
+    /// # Safety
+    /// As [`Product`] says.
+    unsafe fn product(self, product: &Product);
+
+    fn splat(self, x: f32) -> Self::F;
+    /// # Safety
+    /// `p` is valid for `LANES` reads.
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    /// # Safety
+    /// `p` is valid for `LANES` writes.
+    unsafe fn store(self, p: *mut f32, x: Self::F);
+    /// # Safety
+    /// `p` is valid for `LANES` reads.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::F;
+    /// Rounds to nearest, ties to even.
+    ///
+    /// # Safety
+    /// `p` is valid for `LANES` writes.
+    unsafe fn store_bf16(self, p: *mut u16, x: Self::F);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a · b + c`
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `b` where either is not a number.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `b` where either is not a number.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// To the nearest integer.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `2ⁿ` for integers −126 to 127.
+    fn pow2(self, n: Self::F) -> Self::F;
+    /// `a` where `x ≥ 0`, else `b`.
+    fn if_positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F;
+    /// The sum over the lanes, always in the same order.
+    fn sum(self, a: Self::F) -> f32;
+    /// The largest lane.
+    fn largest(self, a: Self::F) -> f32;
+}
+
+/// `eˣ` within 1.2e-7 relative; below −87.3 the smallest normal number, above 88 `e⁸⁸`.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
+    let x = s.min(s.splat(88.0), s.max(s.splat(-87.3), x));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    // ln 2 in two parts, the first of few bits, so that n · part is exact
+    let r = s.fma(n, s.splat(-0.693359375), x);
+    let r = s.fma(n, s.splat(2.12194440e-4), r);
+    // the minimax polynomial of Cephes' expf on |r| ≤ ln 2 / 2
+    let mut p = s.splat(1.9875691500e-4);
+    for c in [1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    let p = s.add(s.fma(s.mul(p, r), r, r), s.splat(1.0));
+    s.mul(p, s.pow2(n))
+}
+
+/// `1 / (1 + e⁻ˣ)`
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
+    let one = s.splat(1.0);
+    s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
+}
+
+/// `x/2 · (1 + erf(x/√2))`, from `erfc(z) = t · exp(−z² + P(t))`, `t = 1/(1 + z/2)`, whose error is relative, so that
+/// the negative tail is right too (Press et al., Numerical Recipes, §6.2).
+#[inline(always)]
+pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
+    let one = s.splat(1.0);
+    let z = s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = s.div(one, s.fma(z, s.splat(0.5), one));
+    let mut p = s.splat(0.17087277);
+    for c in
+        [-0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223]
+    {
+        p = s.fma(p, t, s.splat(c));
+    }
+    let half_erfc = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.fma(z, s.sub(s.splat(0.0), z), p)));
+    s.mul(x, s.if_positive(x, s.sub(one, half_erfc), half_erfc))
+}
+
+/// `x/2 · (1 + tanh(u))` is `x · sigmoid(2u)`, `u = √(2/π) (x + 0.044715 x³)`.
+#[inline(always)]
+pub(crate) fn gelu_tanh<S: Simd>(s: S, x: S::F) -> S::F {
+    let cubic = s.fma(s.mul(x, x), s.splat(0.044715), s.splat(1.0));
+    s.mul(x, sigmoid(s, s.mul(s.mul(x, s.splat(1.595_769_1)), cubic)))
+}
+
+/// `x · sigmoid(1.702 x)`
+#[inline(always)]
+pub(crate) fn quick_gelu<S: Simd>(s: S, x: S::F) -> S::F {
+    s.mul(x, sigmoid(s, s.mul(x, s.splat(1.702))))
+}
+
+/// `x · sigmoid(x)`
+#[inline(always)]
+pub(crate) fn silu<S: Simd>(s: S, x: S::F) -> S::F {
+    s.mul(x, sigmoid(s, x))
+}
+
+/// `max(x, 0)`
+#[inline(always)]
+pub(crate) fn relu<S: Simd>(s: S, x: S::F) -> S::F {
+    s.max(s.splat(0.0), x)
+}
+
+/// The product of one register tile, `ROWS` × 2 vectors, in f32 with fused multiply-add.
+///
+/// # Safety
+/// As [`Product`] says; the panel has two runs of `LANES` columns.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
+    s: S,
+    mut a: *const f32,
+    a_chunk: usize,
+    mut b: *const f32,
+    chunks: usize,
+    c: *mut f32,
+    accumulate: bool,
+) {
+    // SAFETY: the caller vouches for the extents: `chunks` chunks of 16 on both sides, `ROWS` rows of C
+    unsafe {
+        let mut sum = [[s.splat(0.0); 2]; ROWS];
+        if accumulate {
+            for (i, [x, y]) in sum.iter_mut().enumerate() {
+                *x = s.load(c.add(i * 2 * S::LANES));
+                *y = s.load(c.add((i * 2 + 1) * S::LANES));
+            }
+        }
+        for _ in 0..chunks {
+            let mut row = a;
+            for _ in 0..4 {
+                for k in 0..4 {
+                    let left = s.load(b.add(k * S::LANES));
+                    let right = s.load(b.add((16 + k) * S::LANES));
+                    for (i, [x, y]) in sum.iter_mut().enumerate() {
+                        let v = s.splat(*row.add(i * 16 + k));
+                        *x = s.fma(v, left, *x);
+                        *y = s.fma(v, right, *y);
+                    }
+                }
+                row = row.add(4);
+                b = b.add(4 * S::LANES);
+            }
+            a = a.add(a_chunk);
+            b = b.add(16 * S::LANES);
+        }
+        for (i, [x, y]) in sum.iter().enumerate() {
+            s.store(c.add(i * 2 * S::LANES), *x);
+            s.store(c.add((i * 2 + 1) * S::LANES), *y);
+        }
+    }
+}
+
+/// Methods of [`Simd`] that are a few intrinsics on whole vectors.
+#[cfg(target_arch = "x86_64")]
+macro_rules! lanewise {
+    ($f:ty: $($name:ident($($arg:ident: $type:ty),*) -> $body:expr;)*) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: $type),*) -> $f {
+            // SAFETY: `self` proves that the CPU has the instructions
+            unsafe { $body }
+        }
+    )*};
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use lanewise;

@@ -1,0 +1,325 @@
+//! The engine against the candle modules in f64: every switch, kernel, precision and thread count.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+
+use super::*;
+use crate::{Activation, Dtype, MlpKind, NormKind, Pool, PreLogits, TensorInfo, VisionTransformer};
+
+/// Tensors in memory.
+struct Memory {
+    infos: BTreeMap<String, TensorInfo>,
+    values: BTreeMap<String, Vec<f32>>,
+}
+
+impl Weights for Memory {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.infos
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let values = self.values.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        Ok(values.iter().flat_map(|x| x.to_le_bytes()).collect())
+    }
+}
+
+/// Numbers in −1 to 1, the same on every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn take(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+}
+
+/// A model with random weights, in f64 (its variables are tracked, so that candle takes the plain formulas) and as a
+/// checkpoint.
+fn model(config: &Config) -> (VisionTransformer, Memory) {
+    let map = VarMap::new();
+    let model = VisionTransformer::new(config, VarBuilder::from_varmap(&map, DType::F64, &Device::Cpu)).unwrap();
+    let mut numbers = Numbers(7);
+    let (mut infos, mut values) = (BTreeMap::new(), BTreeMap::new());
+    let vars: BTreeMap<String, Var> = map.data().lock().unwrap().clone().into_iter().collect();
+    for (name, var) in vars {
+        let shape = var.dims().to_vec();
+        let n = var.elem_count();
+        let k = if shape.len() > 1 { n / shape[0] } else { 1 };
+        let (offset, scale) = match (name.ends_with("norm.weight"), shape.len()) {
+            _ if name.contains("norm") && name.ends_with("weight") => (1.0, 0.3),
+            _ if name.ends_with("gamma") => (0.0, 0.5),
+            (_, 1) => (0.0, 0.2),
+            _ if shape[0] == 1 => (0.0, 0.5),
+            _ => (0.0, 2.0 / (k as f32).sqrt()),
+        };
+        let numbers: Vec<f32> = numbers.take(n).into_iter().map(|x| offset + scale * x).collect();
+        let wide: Vec<f64> = numbers.iter().map(|&x| f64::from(x)).collect();
+        var.set(&Tensor::from_vec(wide, shape.clone(), &Device::Cpu).unwrap()).unwrap();
+        infos.insert(name.clone(), TensorInfo { dtype: Dtype::F32, shape });
+        values.insert(name, numbers);
+    }
+    (model, Memory { infos, values })
+}
+
+fn base() -> Config {
+    Config {
+        img_size: [36, 28],
+        patch_size: [6, 5],
+        in_chans: 3,
+        num_classes: 11,
+        embed_dim: 48,
+        depth: 2,
+        num_heads: 3,
+        mlp_hidden: 100,
+        mlp: MlpKind::Mlp,
+        act: Activation::Gelu,
+        ln_eps: 1e-6,
+        patch_bias: true,
+        qkv_bias: true,
+        proj_bias: true,
+        qk_norm: false,
+        class_token: true,
+        dist_token: false,
+        reg_tokens: 0,
+        no_embed_class: false,
+        pos_embed: true,
+        pre_norm: false,
+        final_norm: true,
+        fc_norm: false,
+        layer_scale: false,
+        global_pool: Pool::Token,
+        pre_logits: None,
+        head_bias: true,
+        norm: NormKind::LayerNorm,
+        patch_norm: false,
+        scale_attn_norm: false,
+        scale_mlp_norm: false,
+        block: crate::BlockKind::Standard,
+        pool_include_prefix: false,
+    }
+}
+
+/// Every switch that a checkpoint has, and sizes that leave remainders everywhere.
+fn configs() -> Vec<(&'static str, Config)> {
+    let b = base;
+    vec![
+        ("plain", b()),
+        ("quick_gelu, pre_norm", Config { act: Activation::QuickGelu, pre_norm: true, patch_bias: false, ..b() }),
+        ("gelu_tanh, avg", Config { act: Activation::GeluTanh, global_pool: Pool::Avg, fc_norm: true, ..b() }),
+        ("relu, max", Config { act: Activation::Relu, global_pool: Pool::Max, final_norm: false, ..b() }),
+        (
+            "silu, avgmax, prefix",
+            Config { act: Activation::Silu, global_pool: Pool::Avgmax, pool_include_prefix: true, ..b() },
+        ),
+        ("map", Config { global_pool: Pool::Map, class_token: false, ..b() }),
+        ("map with prefix", Config { global_pool: Pool::Map, reg_tokens: 2, layer_scale: true, ..b() }),
+        ("registers", Config { reg_tokens: 4, no_embed_class: true, layer_scale: true, ..b() }),
+        ("distilled", Config { dist_token: true, ..b() }),
+        ("qk_norm, head of 40", Config { qk_norm: true, embed_dim: 120, ..b() }),
+        ("head of 80", Config { embed_dim: 160, num_heads: 2, ..b() }),
+        ("swiglu", Config { mlp: MlpKind::Swiglu, act: Activation::Silu, mlp_hidden: 70, ..b() }),
+        ("swiglu_packed", Config { mlp: MlpKind::SwigluPacked, act: Activation::Silu, mlp_hidden: 140, ..b() }),
+        (
+            "aimv2",
+            Config {
+                mlp: MlpKind::Swiglu,
+                act: Activation::Silu,
+                norm: NormKind::RmsNorm,
+                patch_norm: true,
+                qkv_bias: false,
+                proj_bias: false,
+                class_token: false,
+                global_pool: Pool::Avg,
+                fc_norm: true,
+                ..b()
+            },
+        ),
+        ("beit3", Config { scale_attn_norm: true, scale_mlp_norm: true, ..b() }),
+        (
+            "beit3, swiglu",
+            Config { scale_attn_norm: true, scale_mlp_norm: true, mlp: MlpKind::Swiglu, mlp_hidden: 40, ..b() },
+        ),
+        ("pre_logits", Config { pre_logits: Some(PreLogits { size: 37, act: "tanh".into() }), ..b() }),
+        ("no pooling", Config { global_pool: Pool::None, num_classes: 5, ..b() }),
+        ("no head, no positions", Config { num_classes: 0, pos_embed: false, ..b() }),
+        ("one channel, one patch", Config { in_chans: 1, img_size: [6, 5], ..b() }),
+        ("many tokens", Config { img_size: [96, 105], embed_dim: 64, num_heads: 2, ..b() }),
+    ]
+}
+
+fn engine(config: &Config, weights: &Memory, isa: Isa, precision: Precision, threads: usize) -> Engine {
+    let (kernel, isa, precision) = kernel(isa, precision);
+    let pool = threads::Pool::new(threads);
+    let net = Net::read(config, weights, kernel.shape(), &pool).unwrap();
+    let workspace = Mutex::new(Workspace::default());
+    Engine { config: config.clone(), isa, precision, kernel, net, pool, workspace }
+}
+
+fn pixels(config: &Config, batch: usize) -> Vec<f32> {
+    Numbers(3).take(batch * config.in_chans * config.img_size[0] * config.img_size[1])
+}
+
+/// What candle answers in f64: logits, features, pre_logits, and the tokens of every block.
+fn expected(config: &Config, model: &VisionTransformer, batch: usize) -> [Vec<f64>; 3] {
+    let wide: Vec<f64> = pixels(config, batch).into_iter().map(f64::from).collect();
+    let shape = (batch, config.in_chans, config.img_size[0], config.img_size[1]);
+    let x = Tensor::from_vec(wide, shape, &Device::Cpu).unwrap();
+    let features = model.forward_features(&x).unwrap();
+    let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let head = |pre| flat(&model.forward_head(&features, pre).unwrap());
+    [head(false), flat(&features), head(true)]
+}
+
+/// The largest difference, relative to the largest value.
+fn error(found: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let difference = |(f, e): (&f32, &f64)| (f64::from(*f) - e).abs();
+    let worst = found.iter().zip(expected).map(difference).fold(0f64, |m, d| if d.is_nan() { d } else { m.max(d) });
+    worst / largest.max(1e-30)
+}
+
+/// The kernel to test; AMX in emulation, where there is AVX-512 for the rest but no AMX.
+fn kernel(isa: Isa, precision: Precision) -> (Box<dyn Kernel>, Isa, Precision) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if isa == Isa::Amx && !isa.available() {
+        use amx::{Tiled, emulated::Emulated};
+        let avx512 = avx512::Avx512::detect().unwrap();
+        return match precision {
+            Precision::Bf16 => (Box::new(Tiled::<Emulated, false>::new(avx512)), isa, precision),
+            Precision::F32 => choose(Isa::Avx512, precision).unwrap(),
+            _ => (Box::new(Tiled::<Emulated, true>::new(avx512)), isa, Precision::Bf16x3),
+        };
+    }
+    choose(isa, precision).unwrap()
+}
+
+fn kernels() -> Vec<(Isa, Precision)> {
+    let precisions = [Precision::F32, Precision::Bf16x3, Precision::Bf16];
+    Isa::ALL
+        .into_iter()
+        .filter(|isa| isa.available() || *isa == Isa::Amx && Isa::Avx512.available())
+        .flat_map(|isa| precisions.map(|precision| (isa, precision)))
+        .collect()
+}
+
+#[test]
+fn every_switch_and_kernel_against_f64() {
+    for (name, config) in configs() {
+        let (reference, weights) = model(&config);
+        let expected = expected(&config, &reference, 3);
+        for (isa, precision) in kernels() {
+            let engine = engine(&config, &weights, isa, precision, 2);
+            let output = engine.forward(&pixels(&config, 3), 3).unwrap();
+            let logits = output.logits.as_ref().unwrap_or(&output.pre_logits);
+            // f32 rounds to 6e-8 a step, and a few hundred steps add up in a random walk, on weights that amplify;
+            // bf16 rounds to 4e-3, and bf16 x 3 drops a product of two such roundings, 1.5e-5
+            let tolerance = match engine.precision() {
+                Precision::Bf16 => 6e-2,
+                Precision::Bf16x3 => 5e-5,
+                _ => 1e-5,
+            };
+            for (what, found, expected) in [
+                ("logits", logits, &expected[0]),
+                ("features", &output.features, &expected[1]),
+                ("pre_logits", &output.pre_logits, &expected[2]),
+            ] {
+                let error = error(found, expected);
+                assert!(error < tolerance, "{name}: {isa} {precision}: {what} differ by {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_and_batches_do_not_change_a_bit() {
+    let config = Config { img_size: [96, 105], qk_norm: true, ..base() };
+    let (_, weights) = model(&config);
+    let pixels = pixels(&config, 7);
+    for (isa, precision) in kernels() {
+        let one = engine(&config, &weights, isa, precision, 1);
+        let expected = one.forward(&pixels, 7).unwrap();
+        for threads in [2, 3, 5] {
+            let engine = engine(&config, &weights, isa, precision, threads);
+            assert_eq!(engine.forward(&pixels, 7).unwrap(), expected, "{isa} {precision} on {threads} threads");
+        }
+        if isa == Isa::Portable {
+            continue; // `gemm` chooses its kernel by the number of rows
+        }
+        for (i, image) in pixels.chunks(pixels.len() / 7).enumerate() {
+            let alone = one.forward(image, 1).unwrap();
+            let width = alone.features.len();
+            assert_eq!(alone.features, expected.features[i * width..][..width], "{isa} {precision} image {i}");
+        }
+    }
+}
+
+#[test]
+fn callers_at_once_get_their_own_answers() {
+    let config = base();
+    let (_, weights) = model(&config);
+    let engine = engine(&config, &weights, Isa::choose().unwrap(), Precision::Auto, 2);
+    let inputs: Vec<_> = (1..5).map(|i| Numbers(i).take(config.in_chans * 36 * 28 * (i as usize % 3 + 1))).collect();
+    let batch = |input: &Vec<f32>| input.len() / (config.in_chans * 36 * 28);
+    let expected: Vec<_> = inputs.iter().map(|input| engine.forward(input, batch(input)).unwrap()).collect();
+    std::thread::scope(|scope| {
+        for (input, expected) in inputs.iter().zip(&expected) {
+            let engine = &engine;
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    assert_eq!(&engine.forward(input, batch(input)).unwrap(), expected);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn intermediates_are_the_blocks_tokens() {
+    struct Tokens(Vec<Vec<f64>>);
+    impl crate::tap::Tap for Tokens {
+        fn block(&mut self, _: usize, tokens: &Tensor) -> candle_core::Result<bool> {
+            self.0.push(tokens.flatten_all()?.to_vec1()?);
+            Ok(true)
+        }
+    }
+    let config = Config { depth: 3, ..base() };
+    let (reference, weights) = model(&config);
+    let wide: Vec<f64> = pixels(&config, 2).into_iter().map(f64::from).collect();
+    let x = Tensor::from_vec(wide, (2, 3, 36, 28), &Device::Cpu).unwrap();
+    let mut tap = Tokens(Vec::new());
+    reference.forward_tapped(&x, &mut tap).unwrap();
+    let engine = engine(&config, &weights, Isa::choose().unwrap(), Precision::F32, 2);
+    let found = engine.intermediates(&pixels(&config, 2), 2, &[2, 0]).unwrap();
+    assert!(error(&found[0], &tap.0[2]) < 1e-5 && error(&found[1], &tap.0[0]) < 1e-5);
+    let error = engine.intermediates(&pixels(&config, 2), 2, &[3]).unwrap_err().to_string();
+    assert_eq!(error, "input: block 3 of a model of 3 blocks (counted from 0)");
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let config = base();
+    let (_, mut weights) = model(&config);
+    let options = Options { threads: Some(1), ..Options::default() };
+    let engine = Engine::new(&config, &weights, &options).unwrap();
+    for (pixels, batch) in [(vec![0.0; 5], 1), (vec![], 0), (pixels(&config, 2), 1), (pixels(&config, 1), usize::MAX)] {
+        assert!(matches!(engine.forward(&pixels, batch), Err(Error::Input(_))));
+    }
+    let parallel = Config { block: crate::BlockKind::ParallelThings, ..base() };
+    assert!(
+        matches!(Engine::new(&parallel, &weights, &options), Err(Error::Unsupported(why)) if why.contains("Parallel"))
+    );
+    let name = "blocks.1.mlp.fc1.weight";
+    weights.values.get_mut(name).unwrap()[77] = f32::NAN;
+    let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
+    assert!(error.contains(name) && error.contains("NaN"), "{error}");
+    weights.infos.remove(name);
+    let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
+    assert_eq!(error, format!("tensor `{name}`: missing"));
+}

@@ -1,0 +1,295 @@
+//! A pool with one thread per core: all run the same pass and meet at barriers; idle threads sleep.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Turns of a waiting loop before a thread sleeps: some tens of microseconds, the length of a short phase.
+const SPINS: usize = 4000;
+
+/// The work of a pass, as every thread runs it. The lifetime is erased: [`Pool::run`] outlives every use.
+type Job = *const (dyn Fn(&Worker<'_>) + Sync);
+
+/// Threads that wait for a pass to run.
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Held by the caller whose pass runs.
+    turn: Mutex<()>,
+}
+
+struct Shared {
+    count: usize,
+    slot: Mutex<Slot>,
+    start: Condvar,
+    barrier: Barrier,
+    /// The next unit of the phase that runs.
+    next: AtomicUsize,
+    /// A thread of this pass has panicked: nobody waits for it.
+    broken: AtomicBool,
+}
+
+struct Slot {
+    job: Option<SendJob>,
+    pass: usize,
+    running: usize,
+    stop: bool,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+#[derive(Clone, Copy)]
+struct SendJob(Job);
+// SAFETY: the closure behind it is `Sync`, and `Pool::run` keeps it alive while any thread may call it
+unsafe impl Send for SendJob {}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // a panic inside a pass is passed on to its caller; the data stays sound
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One thread's place in a pass.
+pub(crate) struct Worker<'a> {
+    /// 0 is the caller's own thread.
+    pub(crate) index: usize,
+    shared: &'a Shared,
+}
+
+impl Worker<'_> {
+    /// Runs `f` once for every unit, each on whichever thread is free, and returns when all are done.
+    ///
+    /// Every thread of the pass must make the same calls in the same order.
+    pub(crate) fn each(&self, units: usize, mut f: impl FnMut(usize)) {
+        loop {
+            let unit = self.shared.next.fetch_add(1, SeqCst);
+            if unit >= units {
+                break;
+            }
+            f(unit);
+        }
+        self.shared.barrier.wait(self.shared);
+    }
+}
+
+impl Pool {
+    /// A pool of `count` threads, the caller's included; fewer where the system gives no more.
+    pub(crate) fn new(count: usize) -> Self {
+        let mut pool = Self::with_count(count.max(1));
+        for index in 1..pool.shared.count {
+            let shared = Arc::clone(&pool.shared);
+            let thread = std::thread::Builder::new().name(format!("vit-cpu-{index}"));
+            match thread.spawn(move || shared.serve(index)) {
+                Ok(thread) => pool.threads.push(thread),
+                Err(_) => {
+                    // no pass has run yet, so a smaller pool can take this one's place
+                    let count = index;
+                    drop(pool);
+                    return Self::new(count);
+                }
+            }
+        }
+        pool
+    }
+
+    fn with_count(count: usize) -> Self {
+        let slot = Slot { job: None, pass: 0, running: 0, stop: false, panic: None };
+        let shared = Shared {
+            count,
+            slot: Mutex::new(slot),
+            start: Condvar::new(),
+            barrier: Barrier::default(),
+            next: AtomicUsize::new(0),
+            broken: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared), threads: Vec::new(), turn: Mutex::new(()) }
+    }
+
+    /// Threads of the pool, the caller's included.
+    pub(crate) fn count(&self) -> usize {
+        self.shared.count
+    }
+
+    /// Runs `job` on every thread and returns when all have finished. A second caller waits for its turn.
+    ///
+    /// # Panics
+    /// Where the job does, on any thread.
+    pub(crate) fn run(&self, job: &(dyn Fn(&Worker<'_>) + Sync)) {
+        let _turn = lock(&self.turn);
+        let shared = &*self.shared;
+        shared.next.store(0, SeqCst);
+        shared.broken.store(false, SeqCst);
+        shared.barrier.arrived.store(0, SeqCst);
+        if shared.count > 1 {
+            // SAFETY: only the lifetime changes; below, this function waits until no thread runs the job
+            let job = unsafe { std::mem::transmute::<*const (dyn Fn(&Worker<'_>) + Sync + '_), Job>(job) };
+            let mut slot = lock(&shared.slot);
+            slot.job = Some(SendJob(job));
+            slot.pass += 1;
+            slot.running = shared.count - 1;
+            drop(slot);
+            shared.start.notify_all();
+        }
+        shared.work(0, job);
+        let mut slot = lock(&shared.slot);
+        while slot.running > 0 {
+            slot = shared.barrier.woken.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        }
+        slot.job = None;
+        if let Some(panic) = slot.panic.take() {
+            drop(slot);
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        lock(&self.shared.slot).stop = true;
+        self.shared.start.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join(); // its panics were caught
+        }
+    }
+}
+
+impl Shared {
+    /// The life of a thread: sleep, run a pass, sleep.
+    fn serve(&self, index: usize) {
+        let mut seen = 0;
+        loop {
+            let mut slot = lock(&self.slot);
+            while slot.pass == seen && !slot.stop {
+                slot = self.start.wait(slot).unwrap_or_else(PoisonError::into_inner);
+            }
+            if slot.stop {
+                return;
+            }
+            seen = slot.pass;
+            let job = slot.job;
+            drop(slot);
+            if let Some(SendJob(job)) = job {
+                // SAFETY: `run` waits for this thread before it lets go of the job
+                self.work(index, unsafe { &*job });
+            }
+            let mut slot = lock(&self.slot);
+            slot.running -= 1;
+            drop(slot);
+            self.barrier.woken.notify_all();
+        }
+    }
+
+    fn work(&self, index: usize, job: &(dyn Fn(&Worker<'_>) + Sync)) {
+        let worker = Worker { index, shared: self };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&worker))) {
+            lock(&self.slot).panic.get_or_insert(panic);
+            self.broken.store(true, SeqCst);
+            drop(lock(&self.slot)); // a sleeper either sees it or is on the condition variable
+            self.barrier.woken.notify_all();
+        }
+    }
+}
+
+/// Where the threads of a pass wait for each other between two phases.
+#[derive(Default)]
+struct Barrier {
+    arrived: AtomicUsize,
+    phase: AtomicUsize,
+    sleepers: AtomicUsize,
+    woken: Condvar,
+}
+
+impl Barrier {
+    /// The last thread to arrive sets the unit counter back and lets all go.
+    fn wait(&self, shared: &Shared) {
+        let phase = self.phase.load(SeqCst);
+        if self.arrived.fetch_add(1, SeqCst) + 1 == shared.count {
+            self.arrived.store(0, SeqCst);
+            shared.next.store(0, SeqCst);
+            self.phase.fetch_add(1, SeqCst);
+            if self.sleepers.load(SeqCst) > 0 {
+                drop(lock(&shared.slot)); // a sleeper either has seen the new phase or is on the condition variable
+                self.woken.notify_all();
+            }
+            return;
+        }
+        let over = || self.phase.load(SeqCst) != phase || shared.broken.load(SeqCst);
+        for _ in 0..SPINS {
+            if over() {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        if !over() {
+            let mut slot = lock(&shared.slot);
+            self.sleepers.fetch_add(1, SeqCst);
+            while !over() {
+                slot = self.woken.wait(slot).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.sleepers.fetch_sub(1, SeqCst);
+        }
+        assert!(!shared.broken.load(SeqCst), "another thread of this pass has panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_of_every_phase_runs_once_and_phases_do_not_mix() {
+        for count in [1, 2, 3, 7] {
+            let pool = Pool::new(count);
+            for _ in 0..20 {
+                let done = [const { AtomicUsize::new(0) }; 40];
+                pool.run(&|worker| {
+                    for phase in 0..10 {
+                        worker.each(done.len(), |unit| {
+                            assert_eq!(done[unit].fetch_add(1, SeqCst), phase);
+                        });
+                    }
+                });
+                assert!(done.iter().all(|d| d.load(SeqCst) == 10));
+            }
+        }
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(3);
+        let inside = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        pool.run(&|worker| {
+                            if worker.index == 0 {
+                                assert_eq!(inside.fetch_add(1, SeqCst), 0);
+                            }
+                            worker.each(5, |_| ());
+                            if worker.index == 0 {
+                                inside.fetch_sub(1, SeqCst);
+                            }
+                        });
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(&|worker| worker.each(4, |unit| assert_ne!(unit, 3, "unit 3")));
+        }));
+        assert!(caught.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(&|worker| {
+            worker.each(4, |unit| {
+                sum.fetch_add(unit, SeqCst);
+            });
+        });
+        assert_eq!(sum.load(SeqCst), 6);
+    }
+}
