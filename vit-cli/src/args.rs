@@ -264,9 +264,10 @@ pub struct PreprocessArgs {
 #[command(after_help = "\
 Examples:
   vit-cli summary digits
-  vit-cli summary model.safetensors --style torchsummary")]
+  vit-cli summary model.safetensors --style torchsummary
+  vit-cli summary vit_so400m_patch14_siglip_384       an architecture by timm's name, no weights needed")]
 pub struct SummaryArgs {
-    /// The model (see `vit-cli --help`)
+    /// The model (see `vit-cli --help`), or timm's name of an architecture
     #[arg(value_name = "MODEL", default_value = "digits")]
     pub model: OsString,
     /// tree; torchsummary: the table that the Python package prints; json

@@ -18,12 +18,11 @@ pub fn run(args: &CompareArgs, verbose: bool) -> anyhow::Result<Outcome> {
     let input_shape = |config: &Config| [config.in_chans, config.img_size[0], config.img_size[1]];
     let a = model::predictor(&args.a, args.run, verbose)?;
     let (shape, classes) = (input_shape(a.config()), a.config().num_classes);
-    let (pixels, batch) = match &args.input {
-        Some(path) => read_input(path, args.tensor.as_deref(), a.info())?,
-        None => {
-            let batch = usize::from(args.inputs);
-            (Random::new(args.seed).normal(batch * shape.iter().product::<usize>()), batch)
-        }
+    let (pixels, batch) = if let Some(path) = &args.input {
+        read_input(path, args.tensor.as_deref(), a.info())?
+    } else {
+        let batch = usize::from(args.inputs);
+        (Random::new(args.seed).normal(batch * shape.iter().product::<usize>()), batch)
     };
     let (out_a, shapes_a) = (forward(&a, &pixels, batch)?, a.shapes(batch));
     drop(a); // one model in memory at a time

@@ -9,12 +9,15 @@ use crate::output::{Stdout, json_line, show};
 use crate::predict::answer_all;
 use crate::{Outcome, model, save};
 
+/// Takes the vector of an input, or why it has none.
+type Write<'a> = dyn FnMut(&Source, Result<&[f32], &str>) -> anyhow::Result<()> + 'a;
+
 pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
     if args.format == EmbedFormat::Safetensors && args.output.is_none() {
         bail!("--format safetensors is binary: name a file with --output");
     }
     let predictor = model::predictor(&args.model, args.run, verbose)?;
-    let embed = |write: &mut dyn FnMut(&Source, Result<&[f32], &str>) -> anyhow::Result<()>| {
+    let embed = |write: &mut Write<'_>| {
         answer_all(&predictor, &args.images, |source, answer| match answer {
             Ok(answer) => match vector(answer.pre_logits, args.normalize) {
                 Ok(vector) => write(source, Ok(&vector)).map(|()| None),
@@ -74,10 +77,10 @@ fn vector(features: &[f32], normalize: bool) -> Result<Vec<f32>, &'static str> {
         return Err("the model answers values that are not finite");
     }
     let length = features.iter().map(|&f| f64::from(f) * f64::from(f)).sum::<f64>().sqrt();
-    match normalize {
-        true if length > 0.0 => Ok(features.iter().map(|&f| (f64::from(f) / length) as f32).collect()),
-        _ => Ok(features.to_vec()),
+    if normalize && length > 0.0 {
+        return Ok(features.iter().map(|&f| (f64::from(f) / length) as f32).collect());
     }
+    Ok(features.to_vec())
 }
 
 /// Records as text.

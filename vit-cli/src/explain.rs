@@ -53,7 +53,7 @@ fn check(args: &ExplainArgs, config: &Config) -> anyhow::Result<()> {
         if args.block.is_some() || args.head.is_some() {
             bail!("--block and --head choose a map: add --method map");
         }
-        if config.block == BlockKind::DiffParallelScaling {
+        if config.diff_attn || config.block == BlockKind::DiffParallelScaling {
             bail!("rollout needs attention that sums to one; this model's is a difference: use --method map");
         }
     }

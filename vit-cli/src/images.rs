@@ -45,8 +45,8 @@ pub struct Sources {
 const MAX_DEPTH: usize = 64;
 
 impl Sources {
-    pub fn new(given: &[OsString]) -> Self {
-        Self { given: given.to_vec().into_iter(), stdin_read: false, open: Vec::new(), barren: None }
+    pub fn new(given: Vec<OsString>) -> Self {
+        Self { given: given.into_iter(), stdin_read: false, open: Vec::new(), barren: None }
     }
 
     fn enter(&mut self, folder: &Path) -> Result<(), Source> {
@@ -173,7 +173,7 @@ mod tests {
         std::os::unix::fs::symlink(at("photos"), at("photos/inner/loop.png")).unwrap();
         let given = [at("empty"), at("photos"), at("photos/notes.txt"), "-".into(), "-".into()];
         let given: Vec<OsString> = given.into_iter().map(Into::into).collect();
-        let names: Vec<String> = Sources::new(&given)
+        let names: Vec<String> = Sources::new(given)
             .map(|s| {
                 let bad = if matches!(s, Source::Bad(..)) { "!" } else { "" };
                 let name = Path::new(s.name());
@@ -191,14 +191,14 @@ mod tests {
         let given: Vec<OsString> = (0..100).map(|i| format!("/nowhere/{i}").into()).collect();
         let mut seen = Vec::new();
         let name = |s: &Source| Ok(s.name().to_owned());
-        pipeline(Sources::new(&given), 7, name, |batch| {
+        pipeline(Sources::new(given.clone()), 7, name, |batch| {
             assert!(batch.len() <= 7);
             seen.extend(batch.into_iter().map(|(_, name)| name.unwrap()));
             Ok(())
         })
         .unwrap();
         assert_eq!(seen, given);
-        let stopped = pipeline(Sources::new(&given), 7, name, |_| anyhow::bail!("enough"));
+        let stopped = pipeline(Sources::new(given.clone()), 7, name, |_| anyhow::bail!("enough"));
         assert_eq!(stopped.unwrap_err().to_string(), "enough");
     }
 }

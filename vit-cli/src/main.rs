@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::Failed) => ExitCode::from(1),
-        Err(error) if error.chain().any(|cause| cause.is::<ReaderGone>()) => ExitCode::SUCCESS,
+        Err(error) if error.chain().any(<dyn std::error::Error>::is::<ReaderGone>) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&format!("error: {error:#}"));
             ExitCode::from(2)

@@ -32,7 +32,7 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
         return match () {
             () if found.is_file() && is_onnx => Ok(Place::Onnx(path.into())),
             () if found.is_file() => refuse_pickle(path).map(|()| Place::Path(path.into())),
-            () => folder(path),
+            () => Ok(folder(path)),
         };
     }
     if std::fs::symlink_metadata(path).is_ok() {
@@ -47,12 +47,12 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
 }
 
 /// A folder that holds an ONNX file and nothing else of use is most likely meant to be that file.
-fn folder(path: &Path) -> anyhow::Result<Place> {
+fn folder(path: &Path) -> Place {
     let has = |name: &str| path.join(name).exists();
     if path.is_dir() && !has("config.json") && !has("model.safetensors") && has("model.onnx") {
-        return Ok(Place::Onnx(path.join("model.onnx")));
+        return Place::Onnx(path.join("model.onnx"));
     }
-    Ok(Place::Path(path.into()))
+    Place::Path(path.into())
 }
 
 /// PyTorch's own files are programs; they are not opened.
@@ -98,7 +98,11 @@ fn near_miss(path: &Path) -> String {
 }
 
 fn forms(name: &str) -> String {
-    format!(
+    let hint = match vit_model::names::Architecture::of(name) {
+        Some(_) => format!("`{name}` is an architecture; its weights are in timm/{name} on the Hub. "),
+        None => String::new(),
+    };
+    hint + &format!(
         "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
          and config.json, an .onnx file, `digits`, or a repository such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     )
@@ -115,7 +119,10 @@ pub fn checkpoint(model: &OsStr) -> anyhow::Result<Checkpoint> {
 
 /// The model's configuration; a folder with configurations alone has one.
 pub fn info(model: &OsStr) -> anyhow::Result<ModelInfo> {
-    Ok(checkpoint(model)?.info)
+    match find(model)? {
+        Place::Path(path) => Ok(load::info(&path)?),
+        _ => Ok(checkpoint(model)?.info),
+    }
 }
 
 fn convert(path: &Path) -> anyhow::Result<Checkpoint> {

@@ -82,7 +82,7 @@ impl Tree<'_> {
         let pooled = |width: usize| if per_token { vec![self.tokens, width] } else { vec![width] };
         let output = pooled(match (config.num_classes, &config.pre_logits) {
             (0, Some(pre)) => pre.size,
-            (0, None) => dim,
+            (0, None) => config.pooled_dim(),
             (classes, _) => classes,
         });
         let mut model = Module::new("", "VisionTransformer", &output)
@@ -105,16 +105,16 @@ impl Tree<'_> {
         if config.final_norm && config.fc_norm && !config.dist_token {
             model.children.push(self.norm("fc_norm", &pooled(dim)));
         }
-        let mut width = dim;
+        let mut width = config.pooled_dim();
         if !config.dist_token {
             model.children.push(match &config.pre_logits {
                 Some(pre) => {
                     width = pre.size;
                     let out = pooled(width);
-                    let fc = linear("fc", dim, width, true, &out[..out.len() - 1]);
+                    let fc = linear("fc", config.pooled_dim(), width, true, &out[..out.len() - 1]);
                     Module::new("pre_logits", "Sequential", &out).with([fc, Module::new("act", "Tanh", &out)])
                 }
-                None => Module::inert("pre_logits", "Identity", &pooled(dim)),
+                None => Module::inert("pre_logits", "Identity", &pooled(width)),
             });
         }
         for name in if config.dist_token { &["head", "head_dist"][..] } else { &["head"] } {
@@ -208,12 +208,9 @@ impl Tree<'_> {
             }
             BlockKind::DiffParallelScaling => {
                 let (half, hidden) = (config.head_dim() / 2, [self.tokens, config.mlp_hidden]);
-                let block = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
-                    .into_iter()
-                    .fold(Module::new(index, "DiffParallelScalingBlock", &all), |b, name| b.own(name, &[half]));
-                let sub_norm = Module::new("sub_norm", "RmsNorm", &[config.num_heads, self.tokens, 2 * half]);
+                let block = self.lambdas(Module::new(index, "DiffParallelScalingBlock", &all));
                 self.parallel_input(block, half)
-                    .with([sub_norm.own("weight", &[2 * half])])
+                    .with([self.sub_norm()])
                     .with([Module::inert("mlp_drop", "Dropout", &hidden), self.act(&hidden)])
                     .with([linear("out_proj", self.dim + config.mlp_hidden, self.dim, config.proj_bias, &all[..1])])
                     .with(self.layer_scale("ls"))
@@ -239,13 +236,30 @@ impl Tree<'_> {
         names.iter().map(|name| self.norm(name, &out)).collect()
     }
 
+    /// What differential attention learns beside its projections.
+    fn lambdas(&self, module: Module) -> Module {
+        let names = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"];
+        names.into_iter().fold(module, |module, name| module.own(name, &[self.config.head_dim() / 2]))
+    }
+
+    fn sub_norm(&self) -> Module {
+        let width = 2 * (self.config.head_dim() / 2);
+        Module::new("sub_norm", "RmsNorm", &[self.config.num_heads, self.tokens, width]).own("weight", &[width])
+    }
+
     fn attention(&self, name: &str) -> Module {
         let (config, all, dim) = (self.config, [self.tokens, self.dim], self.dim);
         let norm = config.scale_attn_norm.then(|| self.norm("norm", &all));
-        Module::new(name, "Attention", &all)
+        let (attention, qk_dim) = if config.diff_attn {
+            (self.lambdas(Module::new(name, "DiffAttention", &all)), config.head_dim() / 2)
+        } else {
+            (Module::new(name, "Attention", &all), config.head_dim())
+        };
+        attention
             .with([linear("qkv", dim, 3 * dim, config.qkv_bias, &all[..1])])
-            .with(self.qk_norms(config.head_dim()))
-            .with([Module::inert("attn_drop", "Dropout", &[config.num_heads, self.tokens, self.tokens])])
+            .with(self.qk_norms(qk_dim))
+            .with([Module::inert("attn_drop", "Dropout", &[dim / qk_dim, self.tokens, self.tokens])])
+            .with(config.diff_attn.then(|| self.sub_norm()))
             .with(norm)
             .with([linear("proj", dim, dim, config.proj_bias, &all[..1])])
             .with([Module::inert("proj_drop", "Dropout", &all)])
@@ -292,4 +306,28 @@ impl Tree<'_> {
 fn linear(name: &str, from: usize, to: usize, bias: bool, rows: &[usize]) -> Module {
     let output = [rows, &[to]].concat();
     Module::new(name, "Linear", &output).own("weight", &[to, from]).own_if(bias, "bias", &[to])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Name → shape of every tensor below a module.
+    fn tensors(module: &Module, prefix: &str, found: &mut BTreeMap<String, Vec<usize>>) {
+        let path = |name: &str| if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+        found.extend(module.params.iter().map(|(name, shape)| (path(name), shape.clone())));
+        module.children.iter().for_each(|child| tensors(child, &path(&child.name), found));
+    }
+
+    #[test]
+    fn the_tree_of_every_architecture_holds_its_tensors_and_no_others() {
+        for name in vit_model::names::all() {
+            let config = vit_model::names::Architecture::of(name).expect(name).config;
+            let mut found = BTreeMap::new();
+            tensors(&of(&config), "", &mut found);
+            assert_eq!(found, vit_model::load::parameters(&config).expect(name), "{name}");
+        }
+    }
 }

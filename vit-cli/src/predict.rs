@@ -30,7 +30,7 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
         PredictFormat::Seed => usize::MAX,
         _ => args.top as usize,
     };
-    let mut printer = Printer::new(args.format, args.images.files.len() > 1, predictor.config().num_classes);
+    let mut printer = Printer::new(args.format, args.images.files.len() > 1);
     let outcome = answer_all(&predictor, &args.images, |name, result| {
         let result = result.and_then(|output| Ok(predictor.classify(output.logits, top)?));
         let failed = result.as_ref().err().map(|e| format!("{e:#}"));
@@ -63,7 +63,7 @@ pub fn answer_all(
     };
     let progress = progress_bar();
     let mut outcome = Outcome::Good;
-    pipeline(Sources::new(&args.files), usize::from(args.batch), prepare, |batch| {
+    pipeline(Sources::new(args.files.clone()), usize::from(args.batch), prepare, |batch| {
         let pixels: Vec<&[f32]> = batch.iter().filter_map(|(_, p)| p.as_deref().ok()).collect();
         let count = pixels.len();
         let output = if count > 0 { Some(predictor.forward(&pixels.concat(), count)?) } else { None };
@@ -148,13 +148,12 @@ struct Printer {
     format: PredictFormat,
     /// Name the file above the seed's lines.
     many: bool,
-    classes: usize,
     records: usize,
 }
 
 impl Printer {
-    fn new(format: PredictFormat, many: bool, classes: usize) -> Self {
-        Self { out: Stdout::new(), format, many, classes, records: 0 }
+    fn new(format: PredictFormat, many: bool) -> Self {
+        Self { out: Stdout::new(), format, many, records: 0 }
     }
 
     fn record(&mut self, source: &Source, answer: Result<&[Prediction], String>) -> anyhow::Result<()> {
@@ -205,9 +204,7 @@ impl Printer {
         if let Some(name) = name {
             self.out.line(name)?;
         }
-        let mut by_class: Vec<&Prediction> = vec![];
-        by_class.reserve(self.classes);
-        by_class.extend(predictions);
+        let mut by_class: Vec<&Prediction> = predictions.iter().collect();
         by_class.sort_by_key(|p| p.class);
         for p in by_class {
             self.out.line(&format!("class: {:10}   prob: {}", escape(&p.label), python_3(p.probability.into())))?;

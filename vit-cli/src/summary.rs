@@ -1,24 +1,35 @@
 //! `summary`: a model's modules, shapes and parameters, as a tree, as torchsummary's table, or as JSON.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::path::Path;
 
 use serde_json::{Value, json};
 use vit_model::Config;
+use vit_model::names::Architecture;
 
 use crate::args::{SummaryArgs, SummaryStyle};
 use crate::modules::{self, Module, elements};
 use crate::output::{Stdout, json_pretty, thousands};
 
 pub fn run(args: &SummaryArgs) -> anyhow::Result<()> {
-    let info = crate::model::info(&args.model)?;
+    let config = config(&args.model)?;
     let text = match args.style {
-        SummaryStyle::Tree => tree(&info.model),
-        SummaryStyle::Torchsummary => torchsummary(&info.model),
-        SummaryStyle::Json => json_pretty(&json_summary(&info.model))? + "\n",
+        SummaryStyle::Tree => tree(&config),
+        SummaryStyle::Torchsummary => torchsummary(&config),
+        SummaryStyle::Json => json_pretty(&json_summary(&config))? + "\n",
     };
     let mut out = Stdout::new();
     out.write(&text)?;
     out.flush()
+}
+
+/// The architecture of a model, or one that timm has a name for; no weights are needed.
+fn config(model: &OsStr) -> anyhow::Result<Config> {
+    match model.to_str().and_then(Architecture::of) {
+        Some(architecture) if !Path::new(model).exists() => Ok(architecture.config),
+        _ => Ok(crate::model::info(model)?.model),
+    }
 }
 
 /// What `torchsummary.summary(model, (C, H, W))` prints, and one line on what that tool does not count.
@@ -154,10 +165,8 @@ fn branch(module: &Module, indent: &str, lines: &mut Vec<Line>) {
     for (i, child) in shown.iter().enumerate() {
         let last = i + 1 == shown.len();
         let (mark, deeper) = if last { ("└─", "   ") } else { ("├─", "│  ") };
-        let times = match alike {
-            true => format!("0 … {} (each) ", module.children.len() - 1),
-            false => format!("{} ", child.name),
-        };
+        let times =
+            if alike { format!("0 … {} (each) ", module.children.len() - 1) } else { format!("{} ", child.name) };
         lines.push(Line::new(format!("{indent}{mark} {times}{}", child.kind), child, &child.output));
         let indent = format!("{indent}{deeper}");
         own_lines(child, &indent, child.children.iter().any(|c| !c.inert), lines);

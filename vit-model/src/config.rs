@@ -83,6 +83,9 @@ pub struct Config {
     /// The wiring of a block.
     #[serde(default, skip_serializing_if = "is_default")]
     pub block: BlockKind,
+    /// Differential attention in every block (arXiv 2410.05258).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub diff_attn: bool,
     /// Pooling by mean or max reads the prefix tokens too.
     #[serde(default, skip_serializing_if = "is_default")]
     pub pool_include_prefix: bool,
@@ -133,6 +136,9 @@ pub enum Pool {
     Max,
     /// The mean of `Avg` and `Max`.
     Avgmax,
+    /// The class token and the mean of the patch tokens, side by side: twice as wide (transformers'
+    /// `Dinov2ForImageClassification`; timm has none).
+    TokenAvg,
     /// None: the head, if there is one, reads every token.
     #[serde(rename = "")]
     None,
@@ -298,6 +304,11 @@ impl Config {
         if self.no_embed_class { self.num_patches() } else { self.num_tokens() }
     }
 
+    /// Width of the vector that pooling makes.
+    pub fn pooled_dim(&self) -> usize {
+        if self.global_pool == Pool::TokenAvg { 2 * self.embed_dim } else { self.embed_dim }
+    }
+
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
         self.embed_dim / self.num_heads
@@ -327,8 +338,12 @@ impl Config {
         if self.reg_tokens > 1 << 16 {
             return fail(format!("`reg_tokens` must be at most {}, found {}", 1 << 16, self.reg_tokens));
         }
-        if self.embed_dim % self.num_heads != 0 {
+        if !self.embed_dim.is_multiple_of(self.num_heads) {
             return fail(format!("`num_heads` {} does not divide `embed_dim` {}", self.num_heads, self.embed_dim));
+        }
+        let diff = self.diff_attn || self.block == BlockKind::DiffParallelScaling;
+        if diff && !self.head_dim().is_multiple_of(2) {
+            return fail(format!("differential attention halves a head, and {} channels are odd", self.head_dim()));
         }
         if self.num_patches() == 0 {
             return fail(format!("an image of {:?} holds no patch of {:?}", self.img_size, self.patch_size));
@@ -339,13 +354,13 @@ impl Config {
         if !(self.ln_eps.is_finite() && self.ln_eps > 0.0 && self.ln_eps < 1.0) {
             return fail(format!("`ln_eps` must be between 0 and 1, found {}", self.ln_eps));
         }
-        if self.global_pool == Pool::Token && !self.class_token {
+        if matches!(self.global_pool, Pool::Token | Pool::TokenAvg) && !self.class_token {
             return fail("`global_pool` token needs a class token".into());
         }
         if self.dist_token && !self.class_token {
             return fail("`dist_token` needs a class token".into());
         }
-        if self.mlp == MlpKind::SwigluPacked && self.mlp_hidden % 2 != 0 {
+        if self.mlp == MlpKind::SwigluPacked && !self.mlp_hidden.is_multiple_of(2) {
             return fail(format!("`mlp_hidden` of swiglu_packed must be even, found {}", self.mlp_hidden));
         }
         if let Some(pre) = &self.pre_logits {

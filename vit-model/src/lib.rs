@@ -4,6 +4,7 @@ pub mod config;
 pub mod cpu;
 mod error;
 mod folder;
+mod hf;
 #[cfg(feature = "hub")]
 pub mod hub;
 #[cfg(feature = "image")]
@@ -19,6 +20,7 @@ pub mod preprocess;
 mod preprocess_config;
 pub mod safetensors;
 pub mod tap;
+mod timm;
 pub mod vit;
 pub mod weights;
 

@@ -245,3 +245,13 @@ impl SimpleBackend for Lister {
         true
     }
 }
+
+/// The document of a file of ours or of a folder. A folder's configuration files are enough; its weights are not looked
+/// at, so that the document does not tell whether transformers' model has a head.
+///
+/// # Errors
+/// As [`open`].
+pub fn info(path: &Path) -> Result<ModelInfo> {
+    let meta = fs::metadata(path).map_err(Error::io(path))?;
+    if meta.is_dir() { crate::folder::info(path) } else { open(path).map(|checkpoint| checkpoint.info) }
+}

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 
 #[cfg(feature = "image")]
 use crate::image::Image;
+
 use crate::labels::{self, Prediction};
 use crate::load::Checkpoint;
 #[cfg(feature = "image")]
@@ -179,6 +180,23 @@ impl Predictor {
     /// # Errors
     /// Another number of pixels than the model reads; a lack of memory.
     pub fn forward(&self, pixels: &[f32], batch: usize) -> Result<Output> {
+        self.check(pixels, batch)?;
+        self.model.forward(self.config(), pixels, batch)
+    }
+
+    /// `pixels` `[B, C, H, W]`, normalised → the logits alone (what the head would read where there is none), into a vector
+    /// that is used again: on the CPU engine nothing is allocated after the first call.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn logits_into(&self, pixels: &[f32], batch: usize, logits: &mut Vec<f32>) -> Result<()> {
+        self.check(pixels, batch)?;
+        let output = self.model.forward(self.config(), pixels, batch)?;
+        *logits = output.logits.unwrap_or(output.pre_logits);
+        Ok(())
+    }
+
+    fn check(&self, pixels: &[f32], batch: usize) -> Result<()> {
         let config = self.config();
         let [h, w] = config.img_size;
         let image = config.in_chans * h * w;
@@ -189,7 +207,7 @@ impl Predictor {
                 pixels.len()
             )));
         }
-        self.model.forward(config, pixels, batch)
+        Ok(())
     }
 
     /// The logits of each image of a batch.
@@ -225,7 +243,7 @@ impl Predictor {
         let shape = |width| if per_token { vec![batch, tokens, width] } else { vec![batch, width] };
         let width = match &config.pre_logits {
             Some(pre) if !config.dist_token => pre.size,
-            _ => config.embed_dim,
+            _ => config.pooled_dim(),
         };
         [shape(config.num_classes), vec![batch, tokens, config.embed_dim], shape(width)]
     }
@@ -233,8 +251,7 @@ impl Predictor {
 
 impl Model {
     fn new(checkpoint: &Checkpoint, options: &Options) -> Result<(Self, Backend)> {
-        let why = None;
-        Self::modules(checkpoint, options, why)
+        Self::modules(checkpoint, options, None)
     }
 
     /// candle's modules: every device, every switch of the family.

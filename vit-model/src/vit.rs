@@ -4,6 +4,9 @@
 //! Shapes: `B` images of `C` channels, `N` tokens of width `D`, `H` heads of width `d = D / H`. Parameter names are
 //! timm's (`timm/models/vision_transformer.py`), so that its checkpoints load as they are.
 
+// a `VarBuilder` is a path that is handed down by value, as in all of candle
+#![allow(clippy::needless_pass_by_value)]
+
 use candle_core::{D, IndexOp, Module, Result as CandleResult, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, ops};
 
@@ -28,7 +31,7 @@ fn softmax(x: &Tensor) -> CandleResult<Tensor> {
 
 /// LayerNorm, or RMSNorm where there is no bias.
 #[derive(Clone, Debug)]
-pub(crate) struct Norm {
+struct Norm {
     weight: Tensor,
     bias: Option<Tensor>,
     eps: f32,
@@ -49,7 +52,7 @@ impl Norm {
     }
 
     /// Candle's fused kernels have no gradient: while training, the plain formulas.
-    pub(crate) fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
         let training = x.track_op() || self.weight.track_op();
         match (&self.bias, training) {
             (Some(bias), false) => ops::layer_norm(&x.contiguous()?, &self.weight, bias, self.eps),
@@ -102,7 +105,7 @@ impl Activation {
 
 /// Cuts the image into patches and projects each to a token: a convolution whose stride is its kernel, as a product.
 #[derive(Clone, Debug)]
-pub(crate) struct PatchEmbed {
+struct PatchEmbed {
     proj: Linear,
     norm: Option<Norm>,
     patch_size: [usize; 2],
@@ -173,22 +176,71 @@ impl QkNorm {
     }
 }
 
+/// Differential attention: each head subtracts a second attention, times a learned λ (arXiv 2410.05258).
+#[derive(Clone, Debug)]
+struct Differential {
+    lambda_q1: Tensor,
+    lambda_k1: Tensor,
+    lambda_q2: Tensor,
+    lambda_k2: Tensor,
+    lambda_init: f64,
+    sub_norm: Norm,
+    num_heads: usize,
+}
+
+impl Differential {
+    /// The part of block `index`: λ begins larger in deeper blocks.
+    fn new(config: &Config, index: usize, vb: &VarBuilder<'_>) -> CandleResult<Self> {
+        let half = config.head_dim() / 2;
+        let lambda = |name| vb.get_with_hints(half, name, Init::Randn { mean: 0.0, stdev: 0.1 });
+        Ok(Self {
+            lambda_q1: lambda("lambda_q1")?,
+            lambda_k1: lambda("lambda_k1")?,
+            lambda_q2: lambda("lambda_q2")?,
+            lambda_k2: lambda("lambda_k2")?,
+            lambda_init: 0.8 - 0.6 * (-0.3 * index as f64).exp(),
+            sub_norm: Norm::new(2 * half, NormKind::RmsNorm, 1e-5, vb.pp("sub_norm"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// `exp(λq1·λk1) − exp(λq2·λk2) + λ_init`: `[1]`.
+    fn lambda(&self) -> CandleResult<Tensor> {
+        let dot = |q: &Tensor, k: &Tensor| (q * k)?.sum_keepdim(0)?.exp();
+        (dot(&self.lambda_q1, &self.lambda_k1)? - dot(&self.lambda_q2, &self.lambda_k2)?)? + self.lambda_init
+    }
+
+    /// q, k `[B, 2 H, N, d/2]`, v `[B, H, N, d]` → `[B, N, D]`.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+        let both = attention_probabilities(q, k)?; // [B, 2 H, N, N]: each head's two attentions side by side
+        let (b, _, n, _) = both.dims4()?;
+        let both = both.reshape((b, self.num_heads, 2, n, n))?;
+        let difference = (both.i((.., .., 0))? - both.i((.., .., 1))?.broadcast_mul(&self.lambda()?)?)?; // [B, H, N, N]
+        tap.attention(&difference)?;
+        let attended = self.sub_norm.forward(&difference.matmul(&v.contiguous()?)?)?; // [B, H, N, d]
+        merge_heads(&(attended * (1.0 - self.lambda_init))?)
+    }
+}
+
 /// Multi-head self-attention with q, k and v in one projection.
 #[derive(Clone, Debug)]
 struct Attention {
     qkv: Linear,
     qk_norm: Option<QkNorm>,
+    diff: Option<Differential>,
     norm: Option<Norm>,
     proj: Linear,
     num_heads: usize,
 }
 
 impl Attention {
-    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
         let dim = config.embed_dim;
+        let qk_dim = if config.diff_attn { config.head_dim() / 2 } else { config.head_dim() };
         Ok(Self {
             qkv: linear(dim, 3 * dim, config.qkv_bias, vb.pp("qkv"))?,
-            qk_norm: QkNorm::of(config, config.head_dim(), &vb)?,
+            qk_norm: QkNorm::of(config, qk_dim, &vb)?,
+            diff: config.diff_attn.then(|| Differential::new(config, index, &vb)).transpose()?,
             norm: config.scale_attn_norm.then(|| Norm::of(config, dim, vb.pp("norm"))).transpose()?,
             proj: linear(dim, dim, config.proj_bias, vb.pp("proj"))?,
             num_heads: config.num_heads,
@@ -198,7 +250,15 @@ impl Attention {
     /// `[B, N, D] → [B, N, D]`
     fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
         let (b, n, dim) = x.dims3()?;
-        let qkv = self.qkv.forward(x)?.reshape((b, n, 3, self.num_heads, dim / self.num_heads))?;
+        let qkv = self.qkv.forward(x)?; // [B, N, 3 D]
+        if let Some(diff) = &self.diff {
+            let part = |i: usize, heads| split_heads(&qkv.narrow(2, i * dim, dim)?.contiguous()?, heads);
+            let (q, k) = (part(0, 2 * self.num_heads)?, part(1, 2 * self.num_heads)?); // [B, 2 H, N, d/2]
+            let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), q, k)?;
+            let x = diff.attend(&q, &k, &part(2, self.num_heads)?, tap)?; // [B, N, D]
+            return self.proj.forward(&norm_if_any(self.norm.as_ref(), x)?);
+        }
+        let qkv = qkv.reshape((b, n, 3, self.num_heads, dim / self.num_heads))?;
         let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, N, d]
         let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), qkv.i(0)?, qkv.i(1)?)?;
         let probabilities = attention_probabilities(&q, &k)?; // [B, H, N, N]
@@ -257,7 +317,7 @@ impl Mlp {
 
 /// `x + ls1(attn(norm1(x)))`, then `x + ls2(mlp(norm2(x)))`.
 #[derive(Clone, Debug)]
-pub(crate) struct StandardBlock {
+struct StandardBlock {
     norm1: Norm,
     attn: Attention,
     ls1: Option<LayerScale>,
@@ -267,10 +327,10 @@ pub(crate) struct StandardBlock {
 }
 
 impl StandardBlock {
-    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
         Ok(Self {
             norm1: Norm::of(config, config.embed_dim, vb.pp("norm1"))?,
-            attn: Attention::new(config, vb.pp("attn"))?,
+            attn: Attention::new(config, index, vb.pp("attn"))?,
             ls1: LayerScale::of(config, vb.pp("ls1"))?,
             norm2: Norm::of(config, config.embed_dim, vb.pp("norm2"))?,
             mlp: Mlp::new(config, vb.pp("mlp"))?,
@@ -289,7 +349,7 @@ impl StandardBlock {
 
 /// `x + norm1(attn(x))`, then `x + norm2(mlp(x))`: norms at the end of the branches.
 #[derive(Clone, Debug)]
-pub(crate) struct ResPostBlock {
+struct ResPostBlock {
     attn: Attention,
     norm1: Norm,
     mlp: Mlp,
@@ -297,9 +357,9 @@ pub(crate) struct ResPostBlock {
 }
 
 impl ResPostBlock {
-    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
         Ok(Self {
-            attn: Attention::new(config, vb.pp("attn"))?,
+            attn: Attention::new(config, index, vb.pp("attn"))?,
             norm1: Norm::of(config, config.embed_dim, vb.pp("norm1"))?,
             mlp: Mlp::new(config, vb.pp("mlp"))?,
             norm2: Norm::of(config, config.embed_dim, vb.pp("norm2"))?,
@@ -358,7 +418,7 @@ impl ParallelIn {
 
 /// `x + ls(attention(x) + mlp(x))`, both from one norm and projection.
 #[derive(Clone, Debug)]
-pub(crate) struct ParallelScalingBlock {
+struct ParallelScalingBlock {
     input: ParallelIn,
     attn_out_proj: Linear,
     mlp_out_proj: Linear,
@@ -389,55 +449,31 @@ impl ParallelScalingBlock {
     }
 }
 
-/// `ParallelScalingBlock` with differential attention: each head subtracts a second attention, times a learned λ.
+/// `ParallelScalingBlock` with differential attention.
 #[derive(Clone, Debug)]
-pub(crate) struct DiffParallelScalingBlock {
+struct DiffParallelScalingBlock {
     input: ParallelIn,
-    lambda_q1: Tensor,
-    lambda_k1: Tensor,
-    lambda_q2: Tensor,
-    lambda_k2: Tensor,
-    lambda_init: f64,
-    sub_norm: Norm,
+    diff: Differential,
     out_proj: Linear,
     ls: Option<LayerScale>,
-    num_heads: usize,
 }
 
 impl DiffParallelScalingBlock {
     fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
-        let (dim, half) = (config.embed_dim, config.head_dim() / 2);
-        let lambda = |name| vb.get_with_hints(half, name, Init::Randn { mean: 0.0, stdev: 0.1 });
+        let dim = config.embed_dim;
         Ok(Self {
-            input: ParallelIn::new(config, half, &vb)?,
-            lambda_q1: lambda("lambda_q1")?,
-            lambda_k1: lambda("lambda_k1")?,
-            lambda_q2: lambda("lambda_q2")?,
-            lambda_k2: lambda("lambda_k2")?,
-            lambda_init: 0.8 - 0.6 * (-0.3 * index as f64).exp(),
-            sub_norm: Norm::new(2 * half, NormKind::RmsNorm, 1e-5, vb.pp("sub_norm"))?,
+            input: ParallelIn::new(config, config.head_dim() / 2, &vb)?,
+            diff: Differential::new(config, index, &vb)?,
             out_proj: linear(dim + config.mlp_hidden, dim, config.proj_bias, vb.pp("out_proj"))?,
             ls: LayerScale::of(config, vb.pp("ls"))?,
-            num_heads: config.num_heads,
         })
-    }
-
-    /// `exp(λq1·λk1) − exp(λq2·λk2) + λ_init`: `[1]`.
-    fn lambda(&self) -> CandleResult<Tensor> {
-        let dot = |q: &Tensor, k: &Tensor| (q * k)?.sum_keepdim(0)?.exp();
-        (dot(&self.lambda_q1, &self.lambda_k1)? - dot(&self.lambda_q2, &self.lambda_k2)?)? + self.lambda_init
     }
 
     /// `[B, N, D] → [B, N, D]`
     fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
-        let (mlp, [q, k, v]) = self.input.forward(x, 2 * self.num_heads, self.num_heads)?;
-        let both = attention_probabilities(&q, &k)?; // [B, 2 H, N, N]: each head's two attentions side by side
-        let (b, _, n, _) = both.dims4()?;
-        let both = both.reshape((b, self.num_heads, 2, n, n))?;
-        let difference = (both.i((.., .., 0))? - both.i((.., .., 1))?.broadcast_mul(&self.lambda()?)?)?; // [B, H, N, N]
-        tap.attention(&difference)?;
-        let attended = self.sub_norm.forward(&difference.matmul(&v)?)?; // [B, H, N, d]
-        let attended = merge_heads(&(attended * (1.0 - self.lambda_init))?)?; // [B, N, D]
+        let heads = self.diff.num_heads;
+        let (mlp, [q, k, v]) = self.input.forward(x, 2 * heads, heads)?;
+        let attended = self.diff.attend(&q, &k, &v, tap)?; // [B, N, D]
         let y = self.out_proj.forward(&Tensor::cat(&[attended, mlp], D::Minus1)?)?;
         x + scale_if_any(self.ls.as_ref(), y)?
     }
@@ -460,16 +496,16 @@ impl<F> Branch<F> {
 
 /// Two attentions side by side, then two MLPs side by side.
 #[derive(Clone, Debug)]
-pub(crate) struct ParallelThingsBlock {
+struct ParallelThingsBlock {
     attns: [Branch<Attention>; 2],
     ffns: [Branch<Mlp>; 2],
 }
 
 impl ParallelThingsBlock {
-    fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
+    fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
         let attn = |i: usize| {
             let vb = vb.pp("attns").pp(i);
-            Branch::new(config, Attention::new(config, vb.pp("attn"))?, &vb)
+            Branch::new(config, Attention::new(config, index, vb.pp("attn"))?, &vb)
         };
         let ffn = |i: usize| {
             let vb = vb.pp("ffns").pp(i);
@@ -492,7 +528,9 @@ impl ParallelThingsBlock {
 
 /// A block of the model's kind.
 #[derive(Clone, Debug)]
-pub(crate) enum Block {
+// a model has few blocks, and all of one kind
+#[allow(clippy::large_enum_variant)]
+enum Block {
     Standard(StandardBlock),
     ResPost(ResPostBlock),
     ParallelScaling(ParallelScalingBlock),
@@ -503,10 +541,10 @@ pub(crate) enum Block {
 impl Block {
     fn new(config: &Config, index: usize, vb: VarBuilder<'_>) -> CandleResult<Self> {
         Ok(match config.block {
-            BlockKind::Standard => Self::Standard(StandardBlock::new(config, vb)?),
-            BlockKind::ResPost => Self::ResPost(ResPostBlock::new(config, vb)?),
+            BlockKind::Standard => Self::Standard(StandardBlock::new(config, index, vb)?),
+            BlockKind::ResPost => Self::ResPost(ResPostBlock::new(config, index, vb)?),
             BlockKind::ParallelScaling => Self::ParallelScaling(ParallelScalingBlock::new(config, vb)?),
-            BlockKind::ParallelThings => Self::ParallelThings(ParallelThingsBlock::new(config, vb)?),
+            BlockKind::ParallelThings => Self::ParallelThings(ParallelThingsBlock::new(config, index, vb)?),
             BlockKind::DiffParallelScaling => {
                 Self::DiffParallelScaling(DiffParallelScalingBlock::new(config, index, vb)?)
             }
@@ -514,7 +552,7 @@ impl Block {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    pub(crate) fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
+    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
         match self {
             Self::Standard(block) => block.forward(x, tap),
             Self::ResPost(block) => block.forward(x, tap),
@@ -527,7 +565,7 @@ impl Block {
 
 /// Attention pooling: a learned query attends to the tokens, then an MLP with a residual (arXiv 2106.04560).
 #[derive(Clone, Debug)]
-pub(crate) struct AttentionPool {
+struct AttentionPool {
     latent: Tensor,
     q: Linear,
     kv: Linear,
@@ -575,19 +613,19 @@ impl AttentionPool {
 #[derive(Clone, Debug)]
 pub struct VisionTransformer {
     pub(crate) config: Config,
-    pub(crate) patch_embed: PatchEmbed,
-    pub(crate) cls_token: Option<Tensor>,
-    pub(crate) dist_token: Option<Tensor>,
-    pub(crate) reg_token: Option<Tensor>,
+    patch_embed: PatchEmbed,
+    cls_token: Option<Tensor>,
+    dist_token: Option<Tensor>,
+    reg_token: Option<Tensor>,
     pub(crate) pos_embed: Option<Tensor>,
-    pub(crate) norm_pre: Option<Norm>,
-    pub(crate) blocks: Vec<Block>,
-    pub(crate) norm: Option<Norm>,
-    pub(crate) attn_pool: Option<AttentionPool>,
-    pub(crate) fc_norm: Option<Norm>,
-    pub(crate) pre_logits: Option<Linear>,
-    pub(crate) head: Option<Linear>,
-    pub(crate) head_dist: Option<Linear>,
+    norm_pre: Option<Norm>,
+    blocks: Vec<Block>,
+    norm: Option<Norm>,
+    attn_pool: Option<AttentionPool>,
+    fc_norm: Option<Norm>,
+    pre_logits: Option<Linear>,
+    head: Option<Linear>,
+    head_dist: Option<Linear>,
 }
 
 impl VisionTransformer {
@@ -609,7 +647,7 @@ impl VisionTransformer {
         let attn_pool =
             (config.global_pool == Pool::Map).then(|| AttentionPool::new(config, vb.pp("attn_pool"))).transpose()?;
         let pre_logits = config.pre_logits.as_ref();
-        let head_dim = pre_logits.map_or(dim, |pre| pre.size);
+        let head_dim = pre_logits.map_or(config.pooled_dim(), |pre| pre.size);
         let pre_logits = pre_logits.map(|pre| linear(dim, pre.size, true, vb.pp("pre_logits.fc"))).transpose()?;
         let head = |there: bool, name| {
             (there && config.num_classes > 0)
@@ -752,6 +790,7 @@ impl VisionTransformer {
                 let x = patches()?;
                 (x.max(1)? + x.mean(1)?)? * 0.5
             }
+            Pool::TokenAvg => Tensor::cat(&[x.i((.., 0))?, patches()?.mean(1)?], 1), // [B, 2 D]
             Pool::Map => match &self.attn_pool {
                 Some(attn_pool) => attn_pool.forward(&patches()?),
                 None => candle_core::bail!("`global_pool` map without attn_pool"),
