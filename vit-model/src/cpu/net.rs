@@ -105,9 +105,18 @@ fn source(name: impl Into<String>, n: usize, k: usize, bias: bool) -> Source {
 impl Net {
     /// Refuses the switches that only the candle modules have.
     pub(super) fn supports(config: &Config) -> Result<()> {
+        let lacks =
+            |what: String| Err(Error::Unsupported(format!("the CPU engine has no {what}; the candle modules do")));
         match config.block {
+            BlockKind::Standard if config.diff_attn => lacks("`diff_attn`".into()),
+            BlockKind::Standard
+                if config.pooled_dim() != config.embed_dim
+                    && (config.fc_norm || config.dist_token || config.pre_logits.is_some()) =>
+            {
+                lacks(format!("`fc_norm`, `dist_token` or `pre_logits` with `global_pool` {:?}", config.global_pool))
+            }
             BlockKind::Standard => Ok(()),
-            block => Err(Error::Unsupported(format!("the CPU engine has no `block` {block:?}; the candle modules do"))),
+            block => lacks(format!("`block` {block:?}")),
         }
     }
 
@@ -209,9 +218,9 @@ impl Net {
             all.push(source("attn_pool.mlp.fc1", config.mlp_hidden, dim, true));
             all.push(source("attn_pool.mlp.fc2", dim, config.mlp_hidden, true));
         }
-        let mut width = dim;
+        let mut width = config.pooled_dim();
         if let Some(pre) = &config.pre_logits {
-            all.push(source("pre_logits.fc", pre.size, dim, true));
+            all.push(source("pre_logits.fc", pre.size, width, true));
             width = pre.size;
         }
         if config.num_classes > 0 {

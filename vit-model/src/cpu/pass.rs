@@ -64,8 +64,8 @@ impl Layout {
             qkv: take(true, Rows::bytes(rows, 3 * dim)),
             wide: take(wide > 0, Rows::bytes(rows, wide)),
             h: take(true, Acts::bytes(shape, rows, hidden)),
-            pooled: take(config.global_pool != Pool::None, Rows::bytes(2 * images, dim)),
-            tail: take(true, Acts::bytes(shape, tail, dim)),
+            pooled: take(config.global_pool != Pool::None, Rows::bytes(2 * images, config.pooled_dim())),
+            tail: take(true, Acts::bytes(shape, tail, config.pooled_dim())),
             tail_h: take(config.global_pool == Pool::Map, Acts::bytes(shape, images, config.mlp_hidden)),
             tail_p: take(pre > 0, Acts::bytes(shape, tail, pre)),
             pre: take(pre > 0, Rows::bytes(tail, pre)),
@@ -171,8 +171,8 @@ impl<'a> Pass<'a> {
             qkv: Rows::new(at(layout.qkv), 3 * dim),
             wide: Rows::new(at(layout.wide), if config.scale_mlp_norm { hidden.max(dim) } else { dim }),
             h: Acts::new(at(layout.h), shape, rows, hidden),
-            pooled: Rows::new(at(layout.pooled), dim),
-            tail: Acts::new(at(layout.tail), shape, tail, dim),
+            pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
+            tail: Acts::new(at(layout.tail), shape, tail, config.pooled_dim()),
             tail_h: Acts::new(at(layout.tail_h), shape, room, config.mlp_hidden),
             tail_p: Acts::new(at(layout.tail_p), shape, tail, pre),
             pre: Rows::new(at(layout.pre), pre),
@@ -305,7 +305,7 @@ impl<'a> Pass<'a> {
 
     /// Tokens → what the head reads → logits.
     fn head(&self, worker: &Worker<'_>, net: &Net) {
-        let (config, dim) = (self.config(), self.config().embed_dim);
+        let (config, dim) = (self.config(), self.config().pooled_dim());
         let rows = tail_rows(config, self.images);
         if let Some(pool) = &net.attn_pool {
             self.attn_pool(worker, pool);
@@ -365,18 +365,24 @@ impl<'a> Pass<'a> {
         };
         let out = |row: usize| {
             // SAFETY: a row of `pooled`, this unit's alone
-            unsafe { std::slice::from_raw_parts_mut(self.pooled.row(row), dim) }
+            unsafe { std::slice::from_raw_parts_mut(self.pooled.row(row), config.pooled_dim()) }
         };
         if config.dist_token {
             out(2 * image).copy_from_slice(token(0));
             out(2 * image + 1).copy_from_slice(token(1));
             return;
         }
-        let out = out(image);
+        let mut out = out(image);
         let (mean, max) = match config.global_pool {
             Pool::Avg => (1.0, 0.0),
             Pool::Max => (0.0, 1.0),
             Pool::Avgmax => (0.5, 0.5),
+            Pool::TokenAvg => {
+                let class;
+                (class, out) = out.split_at_mut(dim);
+                class.copy_from_slice(token(0));
+                (1.0, 0.0)
+            }
             Pool::Token | Pool::Map | Pool::None => {
                 out.copy_from_slice(token(0));
                 return;
@@ -424,7 +430,7 @@ impl<'a> Pass<'a> {
     /// Appends what was asked for; the pass has run.
     pub(super) fn answer(&self, answers: &mut Answers<'_>) {
         let config = self.config();
-        let (dim, rows) = (config.embed_dim, tail_rows(config, self.images));
+        let (dim, rows) = (config.pooled_dim(), tail_rows(config, self.images));
         let append = |to: &mut Vec<f32>, from: Rows, count: usize, width: usize| {
             to.reserve(count * width);
             for i in 0..count {
@@ -433,7 +439,7 @@ impl<'a> Pass<'a> {
             }
         };
         if let Some(features) = &mut answers.features {
-            append(features, self.x, self.rows(), dim);
+            append(features, self.x, self.rows(), config.embed_dim);
         }
         if let Some(pre_logits) = &mut answers.pre_logits {
             match &self.engine.net.pre_logits {

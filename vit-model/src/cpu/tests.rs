@@ -101,6 +101,7 @@ fn base() -> Config {
         scale_attn_norm: false,
         scale_mlp_norm: false,
         block: crate::BlockKind::Standard,
+        diff_attn: false,
         pool_include_prefix: false,
     }
 }
@@ -117,6 +118,7 @@ fn configs() -> Vec<(&'static str, Config)> {
             "silu, avgmax, prefix",
             Config { act: Activation::Silu, global_pool: Pool::Avgmax, pool_include_prefix: true, ..b() },
         ),
+        ("class token and mean", Config { global_pool: Pool::TokenAvg, reg_tokens: 1, ..b() }),
         ("map", Config { global_pool: Pool::Map, class_token: false, ..b() }),
         ("map with prefix", Config { global_pool: Pool::Map, reg_tokens: 2, layer_scale: true, ..b() }),
         ("registers", Config { reg_tokens: 4, no_embed_class: true, layer_scale: true, ..b() }),

@@ -79,15 +79,12 @@ impl Pool {
         for index in 1..pool.shared.count {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("vit-cpu-{index}"));
-            match thread.spawn(move || shared.serve(index)) {
-                Ok(thread) => pool.threads.push(thread),
-                Err(_) => {
-                    // no pass has run yet, so a smaller pool can take this one's place
-                    let count = index;
-                    drop(pool);
-                    return Self::new(count);
-                }
-            }
+            let Ok(thread) = thread.spawn(move || shared.serve(index)) else {
+                // no pass has run yet, so a smaller pool can take this one's place
+                drop(pool);
+                return Self::new(index);
+            };
+            pool.threads.push(thread);
         }
         pool
     }
@@ -122,7 +119,7 @@ impl Pool {
         shared.barrier.arrived.store(0, SeqCst);
         if shared.count > 1 {
             // SAFETY: only the lifetime changes; below, this function waits until no thread runs the job
-            let job = unsafe { std::mem::transmute::<*const (dyn Fn(&Worker<'_>) + Sync + '_), Job>(job) };
+            let job = unsafe { std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Job>(job) };
             let mut slot = lock(&shared.slot);
             slot.job = Some(SendJob(job));
             slot.pass += 1;
