@@ -62,13 +62,13 @@ fn outputs_never_replace_an_input_a_folder_or_a_device() {
     let x = folder.path().join("x.safetensors");
     write_safetensors(&x, "x", Dtype::F32, &[1, 3, 32, 32], &bytes(&[0.5; 3 * 32 * 32]));
     let before = std::fs::read(&x).unwrap();
-    forward(&x, &x, &[]).bad(2, &["also the input"]);
+    forward(&x, &x, &[]).bad(2, &["is the input"]);
     forward(&x, folder.path(), &[]).bad(2, &["folder"]);
     #[cfg(unix)]
     {
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&x, &link).unwrap();
-        forward(&x, &link, &[]).bad(2, &["also the input"]);
+        forward(&x, &link, &[]).bad(2, &["is the input"]);
         forward(&x, Path::new("/dev/null"), &[]).bad(2, &["/dev/null", "not a regular file"]);
     }
     assert_eq!(std::fs::read(&x).unwrap(), before);

@@ -38,7 +38,7 @@ pub enum Outcome {
 fn main() -> ExitCode {
     // a second handler cannot be installed, and without one the system's default still ends the program
     let _ = ctrlc::set_handler(|| {
-        save::abandon();
+        vit_convert::save::abandon();
         std::process::exit(130);
     });
     let cli = match Cli::try_parse() {

@@ -9,6 +9,7 @@ pub mod graph;
 mod map;
 pub mod onnx;
 pub mod recognise;
+pub mod save;
 pub mod spec;
 pub mod verify;
 pub mod write;

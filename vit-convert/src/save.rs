@@ -1,0 +1,139 @@
+//! An output file appears whole or not at all: a sibling temporary, synced, renamed; nothing left after a failure or a signal.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use crate::{Error, Result};
+
+/// The temporaries that are being written; [`abandon`] removes them.
+static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes what is being written: for the handler of a signal, just before the program ends.
+pub fn abandon() {
+    for path in temporaries().drain(..) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
+    TEMPORARIES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes `path` through `fill`, which gets an empty file. A link is followed; its target is replaced.
+///
+/// # Errors
+/// `path` is one of `inputs` (however it is spelled), a folder or a device; or writing failed, and then a file that was
+/// there before is unchanged.
+pub fn file<E: From<Error>>(path: &Path, inputs: &[&Path], fill: impl FnOnce(&File) -> Result<(), E>) -> Result<(), E> {
+    let target = destination(path, inputs)?;
+    let (temporary, file) = create_beside(&target).map_err(Error::io(path))?;
+    let written = fill(&file).and_then(|()| {
+        file.sync_all().map_err(Error::io(path))?;
+        fs::rename(temporary.path(), &target).map_err(Error::io(path))?;
+        Ok(())
+    });
+    match written {
+        Ok(()) => temporary.keep(),
+        Err(error) => return Err(error),
+    }
+    // the file is whole and in place; not every system can sync a folder
+    if let Some(folder) = target.parent() {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+    }
+    Ok(())
+}
+
+/// Where the bytes go: through a link to its target. Refuses folders, devices and the inputs.
+fn destination(path: &Path, inputs: &[&Path]) -> Result<PathBuf> {
+    if path.file_name().is_none() {
+        return Err(Error::file(path, "is not the name of a file"));
+    }
+    let Ok(link) = fs::symlink_metadata(path) else {
+        return Ok(path.into());
+    };
+    let target = if link.is_symlink() { fs::canonicalize(path).map_err(Error::io(path))? } else { path.into() };
+    let kind = fs::metadata(&target).map_err(Error::io(path))?.file_type();
+    if kind.is_dir() {
+        return Err(Error::file(path, "is a folder; name a file"));
+    }
+    if !kind.is_file() {
+        return Err(Error::file(path, "is not a regular file, and will not be replaced by one"));
+    }
+    if let Some(input) = inputs.iter().find(|input| same_file(&target, input)) {
+        let why = format!("is the input {} itself; name another output", input.display());
+        return Err(Error::file(path, why));
+    }
+    Ok(target)
+}
+
+#[cfg(unix)]
+fn same_file(a: &Path, b: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    match (fs::metadata(a), fs::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn same_file(a: &Path, b: &Path) -> bool {
+    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
+}
+
+/// A file that is removed when it goes out of scope, or when the program is interrupted.
+struct Temporary(Option<PathBuf>);
+
+impl Temporary {
+    fn path(&self) -> &Path {
+        self.0.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// It has become the output.
+    fn keep(mut self) {
+        if let Some(path) = self.0.take() {
+            temporaries().retain(|other| *other != path);
+        }
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Some(path) = self.0.take() {
+            temporaries().retain(|other| *other != path);
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// A new file beside the target, with the mode that the umask gives.
+fn create_beside(target: &Path) -> io::Result<(Temporary, File)> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = target.file_name().unwrap_or_default();
+    loop {
+        // a long name must not become too long by its ending
+        let mut temporary = OsString::from(".");
+        temporary.push(if name.len() < 200 { name } else { "output".as_ref() });
+        temporary.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+        let temporary = target.with_file_name(temporary);
+        // held over the creation: a signal in between must find the name
+        let mut list = temporaries();
+        match OpenOptions::new().write(true).create_new(true).open(&temporary) {
+            Ok(file) => {
+                list.push(temporary.clone());
+                drop(list);
+                return Ok((Temporary(Some(temporary)), file));
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
