@@ -3,6 +3,7 @@
 mod commands;
 mod digits;
 mod forward;
+mod library;
 mod parity;
 mod predict;
 mod process;

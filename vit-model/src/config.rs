@@ -299,6 +299,14 @@ impl Config {
         self.num_patches() + self.num_prefix_tokens()
     }
 
+    /// Patches of an image at most.
+    pub const MAX_PATCHES: usize = 1 << 20;
+
+    /// Rows of `pos_embed` before those of the patches.
+    pub fn pos_embed_prefix(&self) -> usize {
+        if self.no_embed_class { 0 } else { self.num_prefix_tokens() }
+    }
+
     /// Rows of `pos_embed`.
     pub fn pos_embed_len(&self) -> usize {
         if self.no_embed_class { self.num_patches() } else { self.num_tokens() }
@@ -348,8 +356,8 @@ impl Config {
         if self.num_patches() == 0 {
             return fail(format!("an image of {:?} holds no patch of {:?}", self.img_size, self.patch_size));
         }
-        if self.num_patches() > 1 << 20 {
-            return fail(format!("{} patches, at most {} are supported", self.num_patches(), 1 << 20));
+        if self.num_patches() > Self::MAX_PATCHES {
+            return fail(format!("{} patches, at most {} are supported", self.num_patches(), Self::MAX_PATCHES));
         }
         if !(self.ln_eps.is_finite() && self.ln_eps > 0.0 && self.ln_eps < 1.0) {
             return fail(format!("`ln_eps` must be between 0 and 1, found {}", self.ln_eps));

@@ -101,6 +101,7 @@ fn tie(folder: &Path, path: &Path, weights: Arc<dyn Weights>, others: &[String])
         if let Some(other) = others.first() {
             return Err(Error::file(path, format!("tensor `{other}` is left over: not a tensor of weights")));
         }
+        let weights = timm::loaded(weights, &config, &info.model).map_err(|error| error.within(path))?;
         Checkpoint::new(info, weights)
     };
     checkpoint.map_err(|error| error.within(path))

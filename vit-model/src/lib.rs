@@ -3,6 +3,7 @@
 pub mod config;
 pub mod cpu;
 mod error;
+pub mod finetune;
 mod folder;
 mod hf;
 #[cfg(feature = "hub")]

@@ -14,7 +14,7 @@ use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use crate::{
     Config, Error, ModelInfo, Result, VisionTransformer, json,
     safetensors::Safetensors,
-    weights::{Dtype, Weights},
+    weights::{Weights, candle_dtype},
 };
 
 /// A model that can be built: on any device, by the candle modules or by the CPU engine.
@@ -186,12 +186,7 @@ impl Reader<'_> {
         if let Some(shape) = shape.filter(|shape| shape.dims() != info.shape) {
             return Err(Error::tensor(name, format!("expected the shape {:?}, found {:?}", shape.dims(), info.shape)));
         }
-        let stored = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::Bf16 => DType::BF16,
-            Dtype::F64 => DType::F64,
-        };
+        let stored = candle_dtype(info.dtype);
         let bytes = self.weights.read(name)?;
         let tensor = if stored == dtype || device.is_cpu() {
             Tensor::from_raw_buffer(&bytes, stored, &info.shape, device)?

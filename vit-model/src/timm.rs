@@ -1,10 +1,15 @@
 //! timm's config.json → [`ModelInfo`]: the architecture's name, and what `model_args` overrides.
 
+use std::{collections::BTreeMap, sync::Arc};
+
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 use crate::{
     Activation, Config, MlpKind, ModelInfo, NormKind, Pool, PreprocessConfig,
     names::{self, Architecture},
+    pos_embed::{Resample, resample},
+    weights::{Dtype, TensorInfo, Weights, candle_dtype},
 };
 
 /// Arguments that change nothing once a model is trained.
@@ -78,6 +83,61 @@ pub(crate) fn info(config: &Value) -> Result<ModelInfo, String> {
         source: [("producer".into(), "timm".into()), ("architecture".into(), name.into())].into(),
         verified: None,
     })
+}
+
+/// Architectures that read images of any size, resampling their position embeddings for each (`dynamic_img_size`).
+const DYNAMIC: [&str; 4] = ["test_vit", "test_vit2", "test_vit4", "vit_intern300m_patch14_448"];
+/// The image size that timm builds a model for where nothing says another.
+const DEFAULT_SIZE: usize = 224;
+
+/// The weights as timm sees them. A model of dynamic size whose configuration fixes no size is built for 224 pixels: the
+/// position embeddings are resampled to that grid when they are loaded, and from there to each image's.
+pub(crate) fn loaded(weights: Arc<dyn Weights>, config: &Value, model: &Config) -> crate::Result<Arc<dyn Weights>> {
+    let args = config.get("model_args");
+    let cfg = config.get("pretrained_cfg").unwrap_or(config);
+    let is_true = |value: Option<&Value>| value.and_then(Value::as_bool) == Some(true);
+    let name = config.get("architecture").and_then(Value::as_str).unwrap_or_default();
+    let dynamic = match args.and_then(|args| args.get("dynamic_img_size")) {
+        Some(dynamic) => dynamic == &Value::Bool(true),
+        None => DYNAMIC.contains(&name.split('.').next().unwrap_or_default()),
+    };
+    let sized = args.is_some_and(|args| args.get("img_size").is_some_and(|size| !size.is_null()));
+    let built = Config { img_size: [DEFAULT_SIZE; 2], ..model.clone() };
+    if !dynamic || sized || is_true(cfg.get("fixed_input_size")) || built.grid() == model.grid() || !model.pos_embed {
+        return Ok(weights);
+    }
+    built.validate()?;
+    // where the table is missing or of another shape, the check of all names and shapes says so
+    let expected = [1, model.pos_embed_len(), model.embed_dim];
+    let Some(info) = weights.tensors().get("pos_embed").filter(|info| info.shape == expected) else {
+        return Ok(weights);
+    };
+    let (here, there, prefix) = (model.grid(), built.grid(), model.pos_embed_prefix());
+    let bytes = weights.read("pos_embed")?;
+    let table = Tensor::from_raw_buffer(&bytes, candle_dtype(info.dtype), &expected, &Device::Cpu)?;
+    let table = resample(&table, prefix, here, there, Resample::Bicubic)?; // rounded to the stored type, as timm does
+    let table = resample(&table.to_dtype(DType::F32)?, prefix, there, here, Resample::Bicubic)?;
+    let mut tensors = weights.tensors().clone();
+    tensors.insert("pos_embed".into(), TensorInfo { dtype: Dtype::F32, shape: expected.to_vec() });
+    let pos_embed = table.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect();
+    Ok(Arc::new(Detour { weights, tensors, pos_embed }))
+}
+
+/// Weights with other position embeddings.
+struct Detour {
+    weights: Arc<dyn Weights>,
+    tensors: BTreeMap<String, TensorInfo>,
+    pos_embed: Vec<u8>,
+}
+
+impl Weights for Detour {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    fn read(&self, name: &str) -> crate::Result<Vec<u8>> {
+        if name == "pos_embed" { Ok(self.pos_embed.clone()) } else { self.weights.read(name) }
+    }
 }
 
 /// One argument of timm's `VisionTransformer`.

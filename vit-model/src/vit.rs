@@ -10,6 +10,7 @@
 use candle_core::{D, IndexOp, Module, Result as CandleResult, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, ops};
 
+use crate::pos_embed::{self, Resample};
 use crate::tap::Tap;
 use crate::{Activation, BlockKind, Config, Error, MlpKind, NormKind, Pool, Result};
 
@@ -626,6 +627,8 @@ pub struct VisionTransformer {
     pre_logits: Option<Linear>,
     head: Option<Linear>,
     head_dist: Option<Linear>,
+    /// How position embeddings are resampled for images of another size; `None`: they are refused.
+    pub(crate) dynamic: Option<Resample>,
 }
 
 impl VisionTransformer {
@@ -647,13 +650,8 @@ impl VisionTransformer {
         let attn_pool =
             (config.global_pool == Pool::Map).then(|| AttentionPool::new(config, vb.pp("attn_pool"))).transpose()?;
         let pre_logits = config.pre_logits.as_ref();
-        let head_dim = pre_logits.map_or(config.pooled_dim(), |pre| pre.size);
         let pre_logits = pre_logits.map(|pre| linear(dim, pre.size, true, vb.pp("pre_logits.fc"))).transpose()?;
-        let head = |there: bool, name| {
-            (there && config.num_classes > 0)
-                .then(|| linear(head_dim, config.num_classes, config.head_bias, vb.pp(name)))
-                .transpose()
-        };
+        let [head, head_dist] = Self::heads(config, &vb)?;
         Ok(Self {
             config: config.clone(),
             patch_embed: PatchEmbed::new(config, vb.pp("patch_embed"))?,
@@ -667,9 +665,58 @@ impl VisionTransformer {
             attn_pool,
             fc_norm: norm(config.final_norm && config.fc_norm, "fc_norm")?,
             pre_logits,
-            head: head(true, "head")?,
-            head_dist: head(config.dist_token, "head_dist")?,
+            head,
+            head_dist,
+            dynamic: None,
         })
+    }
+
+    /// The head, and the one on the distillation token.
+    fn heads(config: &Config, vb: &VarBuilder<'_>) -> CandleResult<[Option<Linear>; 2]> {
+        let width = config.pre_logits.as_ref().map_or(config.pooled_dim(), |pre| pre.size);
+        let head = |there: bool, name| {
+            (there && config.num_classes > 0)
+                .then(|| linear(width, config.num_classes, config.head_bias, vb.pp(name)))
+                .transpose()
+        };
+        Ok([head(true, "head")?, head(config.dist_token, "head_dist")?])
+    }
+
+    /// Another head for another configuration of it; attention pooling goes where the configuration has none.
+    pub(crate) fn replace_head(&mut self, config: Config, vb: &VarBuilder<'_>) -> Result<()> {
+        [self.head, self.head_dist] = Self::heads(&config, vb)?;
+        if config.global_pool != Pool::Map {
+            self.attn_pool = None;
+        }
+        self.config = config;
+        Ok(())
+    }
+
+    /// Keeps the first `depth` blocks; drops the final norm, and all that follows it.
+    pub(crate) fn truncate(&mut self, depth: usize, norm: bool, head: bool) {
+        self.blocks.truncate(depth);
+        self.config.depth = self.blocks.len();
+        if norm {
+            self.norm = None;
+        }
+        if head {
+            [self.head, self.head_dist, self.pre_logits] = [None, None, None];
+            (self.attn_pool, self.fc_norm) = (None, None);
+            (self.config.num_classes, self.config.pre_logits) = (0, None);
+            self.config.global_pool = Pool::None;
+        }
+        self.config.final_norm = self.norm.is_some() || self.fc_norm.is_some();
+        self.config.fc_norm = self.fc_norm.is_some();
+    }
+
+    /// Blocks.
+    pub(crate) fn depth(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// The final norm, where one stands before the pooling.
+    pub(crate) fn norm(&self, x: &Tensor) -> CandleResult<Tensor> {
+        norm_if_any(self.norm.as_ref(), x.clone())
     }
 
     /// The architecture.
@@ -705,7 +752,7 @@ impl VisionTransformer {
                 break;
             }
         }
-        Ok(norm_if_any(self.norm.as_ref(), x)?)
+        Ok(self.norm(&x)?)
     }
 
     /// Tokens `[B, N, D]` of [`forward_features`](Self::forward_features) → logits `[B, num_classes]`; with `pre_logits`,
@@ -749,7 +796,7 @@ impl VisionTransformer {
 
     /// `[B, C, h, w]` → tokens `[B, N, D]` as the first block reads them.
     fn embed(&self, x: &Tensor) -> Result<Tensor> {
-        self.check_input(x)?;
+        let pos_embed = self.pos_embed_for(x)?;
         let x = self.patch_embed.forward(x)?;
         let tokens = [&self.cls_token, &self.dist_token, &self.reg_token];
         let prefix = |x: Tensor| {
@@ -761,7 +808,7 @@ impl VisionTransformer {
             parts.push(x);
             if parts.len() == 1 { Ok(parts.swap_remove(0)) } else { Tensor::cat(&parts, 1) }
         };
-        let x = match &self.pos_embed {
+        let x = match &pos_embed {
             None => prefix(x)?,
             Some(pos_embed) if self.config.no_embed_class => prefix(x.broadcast_add(pos_embed)?)?,
             Some(pos_embed) => prefix(x)?.broadcast_add(pos_embed)?,
@@ -769,11 +816,25 @@ impl VisionTransformer {
         Ok(norm_if_any(self.norm_pre.as_ref(), x)?)
     }
 
-    fn check_input(&self, x: &Tensor) -> Result<()> {
-        let (c, [h, w]) = (self.config.in_chans, self.config.img_size);
-        match *x.dims() {
-            [b, channels, height, width] if b > 0 && channels == c && height == h && width == w => Ok(()),
-            _ => Err(Error::Input(format!("the model reads [B, {c}, {h}, {w}], found {:?}", x.dims()))),
+    /// The position embeddings for the size of the images `x`; what the model cannot read is refused.
+    fn pos_embed_for(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let (c, [h, w], [ph, pw]) = (self.config.in_chans, self.config.img_size, self.config.patch_size);
+        match (x.dims(), self.dynamic) {
+            (&[b, channels, height, width], _) if b > 0 && channels == c && height == h && width == w => {
+                Ok(self.pos_embed.clone())
+            }
+            (&[b, channels, height, width], Some(how))
+                if b > 0 && channels == c && height % ph == 0 && width % pw == 0 =>
+            {
+                let (from, to) = (self.config.grid(), [height / ph, width / pw]);
+                let prefix = self.config.pos_embed_prefix();
+                let resample = |table| pos_embed::resample(table, prefix, from, to, how);
+                self.pos_embed.as_ref().map(resample).transpose()
+            }
+            (found, Some(_)) => Err(Error::Input(format!(
+                "the model reads [B, {c}, h, w] with h a multiple of {ph} and w of {pw}, found {found:?}"
+            ))),
+            (found, None) => Err(Error::Input(format!("the model reads [B, {c}, {h}, {w}], found {found:?}"))),
         }
     }
 

@@ -62,6 +62,16 @@ pub trait Weights: Send + Sync {
     }
 }
 
+/// candle's name of a stored type.
+pub(crate) fn candle_dtype(dtype: Dtype) -> candle_core::DType {
+    match dtype {
+        Dtype::F32 => candle_core::DType::F32,
+        Dtype::F16 => candle_core::DType::F16,
+        Dtype::Bf16 => candle_core::DType::BF16,
+        Dtype::F64 => candle_core::DType::F64,
+    }
+}
+
 /// Little-endian elements → f32, exact but for f64, which is rounded.
 pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     match dtype {
