@@ -1,1 +1,225 @@
-//! spec
+//! The parts of a ViT → its configuration and its tensors under timm's names, read from the file when they are asked for.
+
+use std::collections::BTreeMap;
+
+use vit_model::config::{Config, PreprocessConfig};
+use vit_model::weights::{Dtype, TensorInfo, Weights};
+
+use crate::array::{Array, Source};
+use crate::graph::{DType, Graph};
+
+/// The weights of an imported model: constants of the file, laid out anew on reading.
+///
+/// Nothing is read before [`Weights::read`]; reading takes the memory of one tensor, and any number of threads may do it.
+#[derive(Debug)]
+pub struct Imports {
+    infos: BTreeMap<String, TensorInfo>,
+    arrays: BTreeMap<String, Array>,
+}
+
+impl Imports {
+    /// Tensors by their names.
+    pub fn new(arrays: BTreeMap<String, Array>) -> Self {
+        let infos = arrays.iter().map(|(n, a)| (n.clone(), TensorInfo { dtype: dtype(a), shape: a.shape() })).collect();
+        Self { infos, arrays }
+    }
+
+    /// A tensor's place in the file.
+    pub fn array(&self, name: &str) -> Option<&Array> {
+        self.arrays.get(name)
+    }
+}
+
+fn dtype(a: &Array) -> Dtype {
+    match a.stored_dtype() {
+        DType::F16 => Dtype::F16,
+        DType::Bf16 => Dtype::Bf16,
+        DType::F64 => Dtype::F64,
+        _ => Dtype::F32,
+    }
+}
+
+impl Weights for Imports {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.infos
+    }
+
+    fn read(&self, name: &str) -> vit_model::Result<Vec<u8>> {
+        let (Some(info), Some(array)) = (self.infos.get(name), self.arrays.get(name)) else {
+            return Err(vit_model::Error::tensor(name, "missing"));
+        };
+        let bytes = array.bytes();
+        match not_finite(info.dtype, &bytes) {
+            None => Ok(bytes),
+            Some(at) => Err(vit_model::Error::tensor(
+                name,
+                format!(
+                    "element {at} is not a finite number (NaN or infinite): the file's weights are broken, export them again"
+                ),
+            )),
+        }
+    }
+}
+
+/// The first element whose exponent is all ones.
+fn not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    fn first<const W: usize>(bytes: &[u8], bad: impl Fn([u8; W]) -> bool) -> Option<usize> {
+        // whole blocks without a branch per element, so that the check costs little beside the copy
+        let cells = bytes.as_chunks::<W>().0;
+        for (k, block) in cells.chunks(256).enumerate() {
+            if block.iter().fold(false, |any, &c| any | bad(c)) {
+                return block.iter().position(|&c| bad(c)).map(|i| k * 256 + i);
+            }
+        }
+        None
+    }
+    match dtype {
+        Dtype::F32 => first(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+        Dtype::F16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Dtype::Bf16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Dtype::F64 => first(bytes, |b: [u8; 8]| u64::from_le_bytes(b) & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000),
+    }
+}
+
+/// Where a tensor comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Provenance {
+    /// The file's constants, by name.
+    pub from: Vec<String>,
+    /// What was done to them: `transposed`, `split`, `joined`, `permuted`, `dequantised`, `computed`, …
+    pub by: Vec<&'static str>,
+}
+
+/// Where an array's elements come from, by the names of the file.
+pub fn provenance(graph: &Graph, array: &Array) -> Provenance {
+    let mut out = Provenance::default();
+    let mut todo = vec![array];
+    while let Some(a) = todo.pop() {
+        let mut by = |what: &'static str| {
+            if !out.by.contains(&what) {
+                out.by.push(what);
+            }
+        };
+        match a.source() {
+            Source::Stored { value, tensor } => {
+                let (offset, dims) = a.place();
+                let strides: Vec<usize> = dims.iter().flatten().map(|d| d.stride).collect();
+                if strides.is_sorted_by(|a, b| a >= b) {
+                    if dims.iter().flatten().any(|d| d.stride == 0) {
+                        by("repeated");
+                    }
+                } else {
+                    by(if dims.iter().all(|d| d.len() <= 1) { "transposed" } else { "permuted" });
+                }
+                let all: usize = tensor.dims.iter().product();
+                if offset != 0 || a.distinct().len() < all {
+                    by("split");
+                }
+                let name = graph.name(*value).to_string();
+                if !out.from.contains(&name) {
+                    out.from.push(name);
+                }
+            }
+            Source::Computed(_) => by("computed"),
+            Source::Dequantised { codes, scale, .. } => {
+                by("dequantised");
+                todo.extend([scale, codes]);
+            }
+            Source::Blocks(b) => {
+                by("dequantised");
+                todo.extend([&b.scales, &b.codes]);
+            }
+            Source::Product(a, b) => {
+                by("scaled");
+                todo.extend([b, a]);
+            }
+            Source::Sum(a, b) => {
+                by("added");
+                todo.extend([b, a]);
+            }
+            Source::Concat(parts) => {
+                by("joined");
+                todo.extend(parts.iter().rev());
+            }
+            Source::Shifted { weight, bias, .. } => {
+                by("computed");
+                todo.push(weight);
+                todo.extend(bias.iter());
+            }
+        }
+    }
+    out
+}
+
+/// How an image enters the graph.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct InputSpec {
+    /// The graph's name for it.
+    pub name: String,
+    /// Its dimensions, as the graph lays them out, for a batch of one.
+    pub shape: [usize; 4],
+    /// Channels stand last: `[batch, height, width, channels]`.
+    pub channels_last: bool,
+    /// Pixels of 8 bits: the graph does what `preprocess` says (`/255`, mean, std) itself, and the model does not.
+    pub bytes: bool,
+    /// The batch that the graph was exported with, where it is fixed.
+    pub fixed_batch: Option<usize>,
+}
+
+/// Which output of the graph is the model's.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct OutputSpec {
+    /// The graph's name for it.
+    pub name: String,
+    /// What the graph computes from the model's answer, in order: `softmax`, `log_softmax`, `sigmoid`, `argmax`, `top_k`.
+    pub activation: Vec<&'static str>,
+}
+
+/// A fact of the configuration and the node that tells it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Evidence {
+    /// The fact.
+    pub what: String,
+    /// The node.
+    pub node: String,
+    /// Its operator.
+    pub op: String,
+}
+
+/// A module and the nodes that it was exported as.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Module {
+    /// timm's name.
+    pub name: String,
+    /// The graph's nodes, in order.
+    pub nodes: Vec<String>,
+}
+
+/// A model, found in an ONNX graph.
+#[derive(Debug)]
+pub struct Imported {
+    /// The architecture.
+    pub config: Config,
+    /// How a photograph becomes the input, as far as the graph tells; timm's defaults for the rest.
+    pub preprocess: PreprocessConfig,
+    /// The graph tells `preprocess`'s mean and std.
+    pub preprocess_known: bool,
+    /// The image, as the graph wants it.
+    pub input: InputSpec,
+    /// The answer, as the graph gives it.
+    pub output: OutputSpec,
+    /// The tensors, under timm's names.
+    pub weights: std::sync::Arc<Imports>,
+    /// Where each tensor comes from.
+    pub provenance: BTreeMap<String, Provenance>,
+    /// What was recovered from where.
+    pub evidence: Vec<Evidence>,
+    /// Which nodes became which module.
+    pub modules: Vec<Module>,
+    /// What the file does not say and had to be assumed.
+    pub assumed: Vec<String>,
+    /// Outputs that are not the model's answer, and why.
+    pub ignored: Vec<String>,
+    /// Why the model only approximates the file; empty where it is exact.
+    pub approximate: Vec<String>,
+}

@@ -1,0 +1,437 @@
+//! The importer: walks a graph, finds a ViT in one of its outputs, and says where everything came from.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use vit_model::config::PreprocessConfig;
+
+use crate::eval::{Setting, Value, View, Walk};
+use crate::expr::{Head, Id, Layout};
+use crate::graph::{Attr, DType, Graph, Node, Tensor};
+use crate::recognise::{Parts, Refusal, recognise};
+use crate::spec::{Evidence, Imported, Imports, InputSpec, Module, OutputSpec, provenance};
+use crate::{Error, Result};
+
+/// A dynamic batch is a prime larger than any other size, so that no reshape can mistake it; two must agree.
+const BATCHES: [usize; 2] = [1_000_003, 1_000_033];
+
+/// Image sizes that are tried where the graph leaves it open.
+const GRID_LIMIT: usize = 400;
+
+/// Nodes that are walked in all, over all image sizes that are tried.
+const WORK_LIMIT: usize = 8_000_000;
+
+/// Operator sets that the rules know.
+const OPSETS: std::ops::RangeInclusive<i64> = 7..=26;
+
+/// Recovers a ViT from a graph: its configuration, and its tensors under timm's names.
+///
+/// No weight is read but small ones; they are read from the file on [`vit_model::weights::Weights::read`].
+///
+/// # Errors
+///
+/// Refuses whatever is not exactly a ViT of the family, and names the first node that does not fit.
+pub fn import(graph: &Graph) -> Result<Imported> {
+    let [input] = &graph.inputs[..] else {
+        return Err(Error::graph(match graph.inputs.len() {
+            0 => "the graph has no input".into(),
+            n => format!(
+                "the graph has {n} inputs, a ViT has one: the image (weights must be in the file: export_params=True)"
+            ),
+        }));
+    };
+    if graph.outputs.is_empty() {
+        return Err(Error::graph("the graph has no output"));
+    }
+    if !OPSETS.contains(&graph.opset) {
+        return Err(Error::graph(format!(
+            "opset {}, supported are {} to {}",
+            graph.opset,
+            OPSETS.start(),
+            OPSETS.end()
+        )));
+    }
+    if !input.dtype.is_none_or(|t| t.is_float() || t == DType::U8) {
+        return Err(Error::graph(format!("the input is of type {:?}, floats or bytes are expected", input.dtype)));
+    }
+    let Some(dims) = &input.shape else {
+        return Err(Error::graph(
+            "the input has no declared shape: an image `[batch, channels, height, width]` is expected",
+        ));
+    };
+    let dims: Vec<Option<usize>> =
+        dims.iter().map(|d| d.and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0)).collect();
+    let Ok(dims) = <[Option<usize>; 4]>::try_from(dims) else {
+        return Err(Error::graph("the input is no image `[batch, channels, height, width]`"));
+    };
+    if dims.iter().flatten().any(|&n| n > 1 << 20) {
+        return Err(Error::graph(format!("an input of shape {dims:?}")));
+    }
+    let kernel = patch_kernel(graph);
+    let (images, assumed) = images(graph, dims, kernel)?;
+    let half = precision(graph);
+    let mut budget = WORK_LIMIT;
+    let mut first = None;
+    for image in images {
+        let sized =
+            |batch: usize| Setting { image: [batch, image[1], image[2], image[3]], tolerance: half.tolerance() };
+        let attempt = |setting: Setting| -> Result<(Found, usize)> {
+            let walk = Walk::run(graph, setting)?;
+            let nodes = walk.visited.len();
+            Ok((best(walk, half != Precision::Single)?, nodes))
+        };
+        match attempt(sized(dims[0].unwrap_or(BATCHES[0]))) {
+            Ok((found, _)) => {
+                if dims[0].is_none() {
+                    let (again, _) = attempt(sized(BATCHES[1]))?;
+                    if !agree(&found.parts, &again.parts) {
+                        return Err(Error::graph("what the graph computes depends on the size of the batch"));
+                    }
+                }
+                return finish(graph, found, dims, assumed);
+            }
+            Err(e) => {
+                first.get_or_insert(e);
+            }
+        }
+        budget = budget.saturating_sub(graph.nodes.len() + 1);
+        if budget == 0 {
+            break;
+        }
+    }
+    Err(first.unwrap_or_else(|| {
+        Error::graph("the size of the image is dynamic and cannot be told: export with a fixed size")
+    }))
+}
+
+// -------------------------------------------------------------------------------------------------- before the walk
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Precision {
+    Single,
+    Half,
+    Brain,
+}
+
+impl Precision {
+    /// How far a constant such as 1.702 may be off where the file holds numbers of this precision.
+    fn tolerance(self) -> f64 {
+        match self {
+            Self::Single => 1e-5,
+            Self::Half => 1.5e-3,
+            Self::Brain => 5e-3,
+        }
+    }
+}
+
+/// The coarsest float type of the constants; quantised constants count as the coarsest.
+fn precision(graph: &Graph) -> Precision {
+    let mut out = Precision::Single;
+    let mut see = |t: DType| match t {
+        DType::Bf16 => out = Precision::Brain,
+        DType::F16 if out == Precision::Single => out = Precision::Half,
+        _ => {}
+    };
+    graph.initializers.values().for_each(|t| see(t.dtype));
+    for node in &graph.nodes {
+        if let Some(Attr::Tensor(t)) = node.attrs.get("value") {
+            see(t.dtype);
+        }
+        if node.op.starts_with("QLinear") {
+            see(DType::Bf16);
+        }
+    }
+    out
+}
+
+fn constants(graph: &Graph) -> HashMap<u32, &Tensor> {
+    let mut out: HashMap<u32, &Tensor> = graph.initializers.iter().map(|(&id, t)| (id, t)).collect();
+    for node in &graph.nodes {
+        if let (Some(Attr::Tensor(t)), Some(Some(id))) = (node.attrs.get("value"), node.outputs.first()) {
+            out.insert(*id, t);
+        }
+    }
+    out
+}
+
+/// The first convolution's weight: `[out, in, height, width]`.
+fn patch_kernel(graph: &Graph) -> Option<[usize; 4]> {
+    let constants = constants(graph);
+    graph.nodes.iter().find_map(|n: &Node| {
+        let at = match n.op.as_str() {
+            "Conv" | "ConvInteger" => 1,
+            "QLinearConv" => 3,
+            _ => return None,
+        };
+        let mut id = (*n.inputs.get(at)?)?;
+        // weights of a quantised or cast model stand behind a node
+        for _ in 0..4 {
+            if constants.contains_key(&id) {
+                break;
+            }
+            let maker = graph.nodes.iter().find(|m| m.outputs.contains(&Some(id)))?;
+            id = (*maker.inputs.first()?)?;
+        }
+        <[usize; 4]>::try_from(constants.get(&id)?.dims.clone()).ok()
+    })
+}
+
+/// The image sizes to try, in the graph's layout, and what was assumed for them.
+fn images(
+    graph: &Graph,
+    dims: [Option<usize>; 4],
+    kernel: Option<[usize; 4]>,
+) -> Result<(Vec<[usize; 4]>, Vec<String>)> {
+    let channels = kernel.map_or(3, |k| k[1]);
+    let last = dims[3] == Some(channels) && dims[1] != Some(channels);
+    let [c, h, w] = if last { [3, 1, 2] } else { [1, 2, 3] };
+    let make = |height: usize, width: usize| {
+        let mut out = [0; 4];
+        out[c] = dims[c].unwrap_or(channels);
+        out[h] = height;
+        out[w] = width;
+        out
+    };
+    if let (Some(height), Some(width)) = (dims[h], dims[w]) {
+        return Ok((vec![make(height, width)], Vec::new()));
+    }
+    let Some([embed, _, ph, pw]) = kernel else {
+        return Err(Error::graph(
+            "the size of the image is dynamic, and there is no patch convolution that tells it: export with a fixed size",
+        ));
+    };
+    // position tables: so many rows of the width of a token
+    let mut rows: Vec<usize> = constants(graph)
+        .values()
+        .filter_map(|t| match t.dims[..] {
+            [1, n, d] | [n, d] if d == embed && n > 1 => Some(n),
+            _ => None,
+        })
+        .collect();
+    rows.sort_unstable();
+    rows.dedup();
+    let mut out = Vec::new();
+    for n in rows {
+        for prefix in [1usize, 0, 2, 5] {
+            let Some(patches) = n.checked_sub(prefix).filter(|&p| p > 0) else { continue };
+            let mut grids: Vec<(usize, usize)> =
+                (1..=patches.min(1 << 12)).filter(|g| patches % g == 0).map(|g| (g, patches / g)).collect();
+            // squarest first, and of two alike the tall one
+            grids.sort_by_key(|&(a, b)| (a.max(b) - a.min(b), a < b));
+            for (gh, gw) in grids {
+                let (Some(height), Some(width)) = (gh.checked_mul(ph), gw.checked_mul(pw)) else { continue };
+                let fits = dims[h].is_none_or(|n| n == height) && dims[w].is_none_or(|n| n == width);
+                let image = make(height, width);
+                if fits && height <= 1 << 14 && width <= 1 << 14 && !out.contains(&image) {
+                    out.push(image);
+                }
+            }
+        }
+    }
+    out.truncate(GRID_LIMIT);
+    let assumed =
+        "img_size: the file leaves it open; the squarest grid that its position table allows was taken".to_string();
+    Ok((out, vec![assumed]))
+}
+
+// -------------------------------------------------------------------------------------------------- after the walk
+
+struct Found {
+    parts: Parts,
+    output: String,
+    ignored: Vec<String>,
+    evidence: Vec<Evidence>,
+    modules: Vec<Module>,
+    approximate: Vec<String>,
+}
+
+/// The output with the most of a model in it.
+fn best(walk: Walk<'_>, half: bool) -> Result<Found> {
+    let mut found: Option<(Parts, usize)> = None;
+    let mut refusals: Vec<(usize, Error)> = Vec::new();
+    for (k, output) in walk.graph.outputs.iter().enumerate() {
+        let outcome = match walk.value(output.id) {
+            Value::View(v) => recognise(&walk, v, half).map_err(|r| explain_refusal(&walk, v, &r)),
+            Value::Opaque(o) => Err(obstacle(&walk, *o)),
+            _ => Err(Error::graph(format!("the output `{}` does not depend on the image", walk.graph.name(output.id)))),
+        };
+        match outcome {
+            Ok(parts) => {
+                let better = found
+                    .as_ref()
+                    .is_none_or(|(f, _)| (parts.tensors.len(), f.heads.len()) > (f.tensors.len(), parts.heads.len()));
+                if better {
+                    found = Some((parts, k));
+                }
+            }
+            Err(e) => refusals.push((k, e)),
+        }
+    }
+    let Some((parts, chosen)) = found else {
+        // the answers come last more often than first; a refusal that names a node says most
+        let named = refusals.iter().position(|(_, e)| matches!(e, Error::Node { .. })).unwrap_or(0);
+        return Err(if refusals.is_empty() {
+            Error::graph("the graph has no output")
+        } else {
+            refusals.swap_remove(named).1
+        });
+    };
+    let ignored = walk.graph.outputs.iter().enumerate().filter(|(k, _)| *k != chosen).map(|(k, o)| {
+        let why = refusals
+            .iter()
+            .find(|r| r.0 == k)
+            .map_or_else(|| "another part of the same model".to_string(), |r| r.1.to_string());
+        format!("output `{}`: {why}", walk.graph.name(o.id))
+    });
+    let ignored = ignored.collect();
+    let mut evidence = Vec::new();
+    for (what, e) in &parts.evidence {
+        if let Some(node) = born(&walk, *e) {
+            evidence.push(Evidence { what: what.clone(), node: node.name.clone(), op: node.operator() });
+        }
+    }
+    let output = walk.graph.outputs.get(chosen).map(|o| walk.graph.name(o.id).to_string()).unwrap_or_default();
+    let modules = modules(&walk, &parts);
+    let mut approximate = walk.approximate;
+    approximate.extend(parts.rounded.iter().cloned());
+    Ok(Found { parts, output, ignored, evidence, modules, approximate })
+}
+
+fn born<'g>(walk: &Walk<'g>, e: Id) -> Option<&'g Node> {
+    walk.visited.get((walk.x.get(e).born as usize).checked_sub(1)?).copied()
+}
+
+fn obstacle(walk: &Walk<'_>, k: u32) -> Error {
+    match walk.obstacles.get(k as usize) {
+        Some(o) => match walk.visited.get(o.node as usize) {
+            Some(node) => Error::node(node, o.why.clone()),
+            None => Error::graph(o.why.clone()),
+        },
+        None => Error::graph("an output that is not understood"),
+    }
+}
+
+fn explain_refusal(walk: &Walk<'_>, view: &View, refusal: &Refusal) -> Error {
+    let at = refusal.at.unwrap_or(view.e);
+    match born(walk, at) {
+        Some(node) => Error::node(node, refusal.why.clone()),
+        None => Error::graph(refusal.why.clone()),
+    }
+}
+
+/// Nodes by module: a node belongs where its result does, or where that is used first.
+fn modules(walk: &Walk<'_>, parts: &Parts) -> Vec<Module> {
+    let mut of_value: HashMap<u32, &str> = HashMap::new();
+    let mut of_node: Vec<Option<&str>> = vec![None; walk.visited.len()];
+    for (k, node) in walk.visited.iter().enumerate().rev() {
+        let own = node.outputs.iter().flatten().find_map(|&id| match walk.value(id) {
+            Value::View(v) => parts.owners.get(&v.e).map(String::as_str),
+            _ => None,
+        });
+        let used = || node.outputs.iter().flatten().find_map(|id| of_value.get(id).copied());
+        let module = own.or_else(used);
+        of_node[k] = module;
+        if let Some(module) = module {
+            for id in node.inputs.iter().flatten() {
+                of_value.insert(*id, module);
+            }
+        }
+    }
+    let mut order: Vec<&str> = Vec::new();
+    let mut nodes: HashMap<&str, Vec<String>> = HashMap::new();
+    for (node, module) in walk.visited.iter().zip(of_node) {
+        let Some(module) = module else { continue };
+        nodes.entry(module).or_insert_with(|| {
+            order.push(module);
+            Vec::new()
+        });
+        if let Some(list) = nodes.get_mut(module) {
+            list.push(node.name.clone());
+        }
+    }
+    order.into_iter().map(|name| Module { name: name.into(), nodes: nodes.remove(name).unwrap_or_default() }).collect()
+}
+
+/// Two walks with different batches found the same model.
+fn agree(a: &Parts, b: &Parts) -> bool {
+    let same = |(x, y): ((&String, &crate::array::Array), (&String, &crate::array::Array))| {
+        x.0 == y.0 && x.1.place() == y.1.place()
+    };
+    a.config == b.config
+        && a.heads == b.heads
+        && a.pixels == b.pixels
+        && a.tensors.len() == b.tensors.len()
+        && a.tensors.iter().zip(&b.tensors).all(same)
+}
+
+fn finish(graph: &Graph, found: Found, dims: [Option<usize>; 4], mut assumed: Vec<String>) -> Result<Imported> {
+    let Found { parts, output, ignored, evidence, modules, mut approximate } = found;
+    let Some(input) = graph.inputs.first() else { return Err(Error::graph("the graph has no input")) };
+    let config = parts.config;
+    let [h, w] = config.img_size;
+    let last = parts.layout == Layout::Nhwc;
+    let bytes = input.dtype.is_some_and(|t| !t.is_float());
+    let mut preprocess = PreprocessConfig::for_config(&config);
+    let known = !parts.pixels.is_empty();
+    if known {
+        (preprocess.mean, preprocess.std) = normalisation(&parts.pixels, bytes, &mut assumed)?;
+    } else if bytes {
+        return Err(Error::graph("the pixels are bytes, and the graph does not normalise them"));
+    }
+    let half = |t: &crate::array::Array| matches!(t.stored_dtype(), DType::F16 | DType::Bf16);
+    if parts.tensors.values().any(half) {
+        approximate.push("the file computes in 16 bits, the model in 32".into());
+    }
+    let provenance: BTreeMap<String, _> =
+        parts.tensors.iter().map(|(n, a)| (n.clone(), provenance(graph, a))).collect();
+    let activation = parts.heads.iter().map(|h| match h {
+        Head::Softmax => "softmax",
+        Head::LogSoftmax => "log_softmax",
+        Head::Sigmoid => "sigmoid",
+        Head::ArgMax => "argmax",
+        Head::TopK => "top_k",
+    });
+    let shape = if last { [1, h, w, config.in_chans] } else { [1, config.in_chans, h, w] };
+    Ok(Imported {
+        input: InputSpec { name: graph.name(input.id).into(), shape, channels_last: last, bytes, fixed_batch: dims[0] },
+        output: OutputSpec { name: output, activation: activation.collect() },
+        weights: Arc::new(Imports::new(parts.tensors)),
+        preprocess,
+        preprocess_known: known,
+        config,
+        provenance,
+        evidence,
+        modules,
+        assumed,
+        ignored,
+        approximate,
+    })
+}
+
+/// timm's mean and std from what the graph does to a pixel, `scale · p + shift` for each channel.
+///
+/// A graph over bytes says all of it: `(p/255 - mean) / std`. One over floats has taken it into its weights, and is given
+/// what it wants to see: pixels from 0 to 255 where its scale is that of such pixels, from 0 to 1 otherwise.
+fn normalisation(pixels: &[(f64, f64)], bytes: bool, assumed: &mut Vec<String>) -> Result<(Vec<f64>, Vec<f64>)> {
+    if pixels.iter().any(|&(s, c)| !(s.is_finite() && c.is_finite() && s > 0.0)) {
+        return Err(Error::graph("the graph scales its pixels by 0, or by what is not a number"));
+    }
+    if bytes {
+        let std: Vec<f64> = pixels.iter().map(|(s, _)| round6(1.0 / (255.0 * s))).collect();
+        let mean = pixels.iter().map(|(s, c)| round6(-c / (255.0 * s))).collect();
+        return Ok((mean, std));
+    }
+    let wide = pixels.iter().all(|&(s, _)| s < 0.1);
+    assumed.push(format!(
+        "preprocess: the graph normalises its pixels itself; they are taken to be from 0 to {}",
+        if wide { "255" } else { "1" }
+    ));
+    let n = pixels.len();
+    Ok((vec![0.0; n], vec![if wide { 1.0 / 255.0 } else { 1.0 }; n]))
+}
+
+/// Six digits, where f32 arithmetic explains the rest.
+fn round6(v: f64) -> f64 {
+    let short: f64 = format!("{v:.6}").parse().unwrap_or(v);
+    if (short - v).abs() <= 2e-6 * v.abs().max(0.1) { short } else { v }
+}
