@@ -3,9 +3,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
+pub use crate::cpu::Output;
 #[cfg(feature = "image")]
 use crate::image::Image;
 
+use crate::cpu;
 use crate::labels::{self, Prediction};
 use crate::load::Checkpoint;
 #[cfg(feature = "image")]
@@ -60,17 +62,6 @@ impl Default for Options {
     }
 }
 
-/// What a model puts out for a batch, row-major f32.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Output {
-    /// `[B, num_classes]`, where there is a head (`[B, N, num_classes]` without pooling).
-    pub logits: Option<Vec<f32>>,
-    /// `[B, N, D]`: timm's `forward_features`.
-    pub features: Vec<f32>,
-    /// `[B, D]`: what the head reads (`[B, N, D]` without pooling).
-    pub pre_logits: Vec<f32>,
-}
-
 /// Which path runs a model, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
@@ -112,6 +103,7 @@ pub struct Predictor {
 }
 
 enum Model {
+    Engine(Box<cpu::Engine>),
     Modules { vit: Box<VisionTransformer>, device: Device, dtype: DType, pool: Option<rayon::ThreadPool> },
 }
 
@@ -191,9 +183,14 @@ impl Predictor {
     /// As [`forward`](Self::forward).
     pub fn logits_into(&self, pixels: &[f32], batch: usize, logits: &mut Vec<f32>) -> Result<()> {
         self.check(pixels, batch)?;
-        let output = self.model.forward(self.config(), pixels, batch)?;
-        *logits = output.logits.unwrap_or(output.pre_logits);
-        Ok(())
+        match &self.model {
+            Model::Engine(engine) => engine.logits_into(pixels, batch, logits),
+            model @ Model::Modules { .. } => {
+                let output = model.forward(self.config(), pixels, batch)?;
+                *logits = output.logits.unwrap_or(output.pre_logits);
+                Ok(())
+            }
+        }
     }
 
     fn check(&self, pixels: &[f32], batch: usize) -> Result<()> {
@@ -250,8 +247,37 @@ impl Predictor {
 }
 
 impl Model {
+    /// The engine on a CPU; candle's modules on a GPU, on request, and where the engine lacks a switch of the model.
     fn new(checkpoint: &Checkpoint, options: &Options) -> Result<(Self, Backend)> {
-        Self::modules(checkpoint, options, None)
+        let precision = match options.precision {
+            _ if !options.device.is_cpu() => return Self::modules(checkpoint, options, None),
+            Precision::Auto => cpu::Precision::Auto,
+            Precision::F32 => cpu::Precision::F32,
+            Precision::Bf16x3 => cpu::Precision::Bf16x3,
+            Precision::Bf16 => cpu::Precision::Bf16,
+            Precision::F16 => {
+                return Err(Error::Unsupported("precision f16 on a CPU; it has f32, bf16x3 and bf16".into()));
+            }
+        };
+        if options.modules {
+            return Self::modules(checkpoint, options, Some("asked for".into()));
+        }
+        // a kernel that was forced and is not there is an error, not a reason to run another
+        let isa = Some(cpu::Isa::choose()?);
+        let asked = cpu::Options { threads: options.threads, precision, isa };
+        match cpu::Engine::new(&checkpoint.info.model, &*checkpoint.weights, &asked) {
+            Ok(engine) => {
+                let backend = Backend {
+                    kernel: engine.isa().name().into(),
+                    precision: engine.precision().name().into(),
+                    threads: engine.threads(),
+                    why: None,
+                };
+                Ok((Self::Engine(Box::new(engine)), backend))
+            }
+            Err(Error::Unsupported(why)) => Self::modules(checkpoint, options, Some(why)),
+            Err(error) => Err(error),
+        }
     }
 
     /// candle's modules: every device, every switch of the family.
@@ -294,6 +320,7 @@ impl Model {
 
     fn forward(&self, config: &Config, pixels: &[f32], batch: usize) -> Result<Output> {
         match self {
+            Self::Engine(engine) => engine.forward(pixels, batch),
             Self::Modules { vit, device, dtype, pool } => {
                 let run = || {
                     let [h, w] = config.img_size;
