@@ -325,3 +325,165 @@ fn what_does_not_fit_is_refused() {
     let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
     assert_eq!(error, format!("tensor `{name}`: missing"));
 }
+
+/// Counts the allocations of each thread of the tests.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+// SAFETY: every call goes to the system's allocator as it came
+unsafe impl std::alloc::GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: std::alloc::Layout) -> *mut u8 {
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's
+        unsafe { std::alloc::System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, p: *mut u8, layout: std::alloc::Layout) {
+        // SAFETY: the caller's
+        unsafe { std::alloc::System.dealloc(p, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn a_pass_allocates_nothing_after_the_first() {
+    for (name, config) in configs() {
+        let (_, weights) = model(&config);
+        for (isa, precision) in kernels() {
+            if isa == Isa::Portable {
+                continue; // `gemm` allocates its own packing buffers
+            }
+            // one thread, so that every allocation of the pass is counted on it
+            let engine = engine(&config, &weights, isa, precision, 1);
+            let pixels = pixels(&config, 3);
+            let mut output = Output::default();
+            engine.forward_into(&pixels, 3, &mut output).unwrap();
+            let before = ALLOCATIONS.get();
+            engine.forward_into(&pixels, 3, &mut output).unwrap();
+            assert_eq!(ALLOCATIONS.get() - before, 0, "{name}: {isa} {precision}");
+        }
+    }
+}
+
+/// The largest relative error of an activation over a grid, where its value is not below `floor`.
+fn worst<S: simd::Simd>(s: S, from: f32, to: f32, f: impl Fn(S, S::F) -> S::F, exact: impl Fn(f64) -> f64) -> f64 {
+    let steps = 20_000;
+    let mut worst = 0f64;
+    for i in 0..steps {
+        let x = from + (to - from) * i as f32 / steps as f32;
+        let mut lanes = [0f32; 16];
+        // SAFETY: no vector is longer
+        unsafe { s.store(lanes.as_mut_ptr(), f(s, s.splat(x))) };
+        let exact = exact(f64::from(x));
+        worst = worst.max((f64::from(lanes[0]) - exact).abs() / exact.abs().max(1e-30));
+    }
+    worst
+}
+
+/// Φ(x) · 2 = erfc(−x/√2), by the continued fraction or the series, to 1e-15.
+fn erfc(z: f64) -> f64 {
+    if z < 0.0 {
+        return 2.0 - erfc(-z);
+    }
+    let scale = 2.0 / std::f64::consts::PI.sqrt() * (-z * z).exp();
+    if z < 2.5 {
+        let (mut term, mut sum) = (z, z);
+        for n in 1..200 {
+            term *= 2.0 * z * z / f64::from(2 * n + 1);
+            sum += term;
+        }
+        return 1.0 - scale * sum;
+    }
+    let mut fraction = 0.0;
+    for n in (1..200).rev() {
+        fraction = f64::from(n) / 2.0 / (z + fraction);
+    }
+    scale / 2.0 / (z + fraction)
+}
+
+fn activations_of<S: simd::Simd>(s: S) {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    // relative; in the tails the argument of `e` is rounded, which its size multiplies
+    let cases = [
+        ("exp", worst(s, -80.0, 80.0, simd::exp::<S>, f64::exp), 2.5e-7),
+        ("gelu", worst(s, -4.0, 8.0, simd::gelu::<S>, |x| x / 2.0 * erfc(-x / 2f64.sqrt())), 2e-6),
+        (
+            "gelu_tanh",
+            worst(s, -4.0, 8.0, simd::gelu_tanh::<S>, |x| {
+                x * sigmoid(2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x))
+            }),
+            4e-6,
+        ),
+        ("quick_gelu", worst(s, -20.0, 20.0, simd::quick_gelu::<S>, |x| x * sigmoid(1.702 * x)), 4e-6),
+        ("silu", worst(s, -20.0, 20.0, simd::silu::<S>, |x| x * sigmoid(x)), 4e-6),
+        ("relu", worst(s, -20.0, 20.0, simd::relu::<S>, |x| x.max(0.0)), 1e-30),
+    ];
+    for (name, error, tolerance) in cases {
+        assert!(error < tolerance, "{name} is off by {error:e}");
+    }
+    for f in
+        [simd::exp::<S>, simd::gelu::<S>, simd::gelu_tanh::<S>, simd::quick_gelu::<S>, simd::silu::<S>, simd::relu::<S>]
+    {
+        let mut lanes = [0f32; 16];
+        // SAFETY: no vector is longer
+        unsafe { s.store(lanes.as_mut_ptr(), f(s, s.splat(f32::NAN))) };
+        assert!(lanes[0].is_nan(), "NaN stays NaN");
+    }
+}
+
+#[test]
+fn activations_against_f64() {
+    activations_of(portable::Portable);
+    #[cfg(target_arch = "x86_64")]
+    {
+        avx2::Avx2::detect().map(activations_of);
+        avx512::Avx512::detect().map(activations_of);
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 24, ..Default::default() })]
+
+    /// Random shapes, so that every remainder of rows, columns, heads and depth turns up, on every kernel.
+    #[test]
+    fn random_shapes_against_f64(
+        heads in 1usize..4,
+        head_dim in 1usize..41,
+        hidden in 1usize..150,
+        patch in (1usize..7, 1usize..7),
+        grid in (1usize..9, 1usize..9),
+        classes in 1usize..70,
+        threads in 1usize..4,
+        batch in 1usize..3,
+    ) {
+        let config = Config {
+            patch_size: [patch.0, patch.1],
+            img_size: [patch.0 * grid.0, patch.1 * grid.1],
+            embed_dim: heads * head_dim,
+            num_heads: heads,
+            mlp_hidden: hidden,
+            num_classes: classes,
+            depth: 1,
+            ln_eps: 1e-3, // narrow rows of random numbers may have next to no variance, which a tiny ε would amplify
+            ..base()
+        };
+        let (reference, weights) = model(&config);
+        let expected = expected(&config, &reference, batch);
+        for (isa, precision) in kernels() {
+            let engine = engine(&config, &weights, isa, precision, threads);
+            let output = engine.forward(&pixels(&config, batch), batch).unwrap();
+            let tolerance = match engine.precision() {
+                Precision::Bf16 => 0.1,
+                Precision::Bf16x3 => 2e-4,
+                _ => 2e-5,
+            };
+            let error = error(&output.features, &expected[1]);
+            proptest::prop_assert!(error < tolerance, "{} {}: {:e} for {:?}", isa, precision, error, config);
+        }
+    }
+}
