@@ -309,6 +309,9 @@ impl<'g> Walk<'g> {
                     if self.visited.len() >= NODE_LIMIT {
                         return Err(Error::graph(format!("over {NODE_LIMIT} nodes")));
                     }
+                    if node.outputs.is_empty() {
+                        return Err(Error::node(node, "a node without outputs: the file is broken"));
+                    }
                     self.visited.push(node);
                     self.x.node = self.visited.len() as u32;
                     if let Some(body) = self.node(node) {
@@ -370,7 +373,10 @@ impl<'g> Walk<'g> {
     fn rule(&mut self, call: &Call<'_>) -> Rule {
         let node = call.node;
         match node.domain.as_str() {
-            "" | "ai.onnx" => self.onnx(call),
+            "" | "ai.onnx" => {
+                known_attributes(node)?;
+                self.onnx(call)
+            }
             "com.microsoft" => self.microsoft(call),
             other => Err(format!("operators of the domain `{other}` are not known here; export without them")),
         }
@@ -457,6 +463,24 @@ impl<'g> Walk<'g> {
 
 fn all_constant(call: &Call<'_>) -> bool {
     call.inputs.iter().all(|v| matches!(v, Value::Const(_) | Value::None))
+}
+
+/// An attribute that an operator does not have means that the file is not what it says.
+fn known_attributes(node: &Node) -> Rule<()> {
+    let known: &[&str] = match node.op.as_str() {
+        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Sqrt" | "Reciprocal" | "Neg" | "Relu" | "Erf" | "Tanh" | "Sigmoid"
+        | "Exp" | "Log" | "MatMul" | "Where" | "Expand" | "Identity" | "IsNaN" => &[],
+        "Gelu" => &["approximate"],
+        "Softmax" | "LogSoftmax" | "Gather" => &["axis"],
+        "LayerNormalization" => &["axis", "epsilon", "stash_type"],
+        "Transpose" => &["perm"],
+        "Gemm" => &["alpha", "beta", "transA", "transB"],
+        _ => return Ok(()),
+    };
+    match node.attrs.keys().find(|name| !known.contains(&name.as_str())) {
+        Some(name) => Err(format!("{} has no attribute `{name}`: the file is broken", node.op)),
+        None => Ok(()),
+    }
 }
 
 /// The branch of an `If` that is taken.
