@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor};
 
 use crate::{Config, Error, ModelInfo, Result, VisionTransformer};
 
-/// How a grid of position embeddings is resampled. Pixel centres are aligned, as in PyTorch with `align_corners=False`.
+/// How a grid of position embeddings is resampled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Resample {
     /// Bicubic with antialias, a = −0.5: timm's, and transformers' for DINOv2 with registers.
@@ -12,8 +12,10 @@ pub enum Resample {
     Bicubic,
     /// Bicubic on the four nearest values, a = −0.75: transformers' `interpolate_pos_encoding`.
     BicubicNearest,
-    /// Bilinear on the two nearest values: timm's when it loads FlexiViT and RADIO.
+    /// Bilinear on the two nearest values: timm's when it loads FlexiViT and most of RADIO.
     Bilinear,
+    /// Bilinear where the first and last values, not the edges, are aligned: timm's when it loads the other RADIO models.
+    BilinearCorners,
 }
 
 impl Resample {
@@ -24,7 +26,9 @@ impl Resample {
         if source("producer") == "transformers" {
             let antialias = architecture.starts_with("Dinov2WithRegisters");
             if antialias { Self::Bicubic } else { Self::BicubicNearest }
-        } else if architecture.starts_with("flexivit") || architecture.contains("_radio_") {
+        } else if ["base_patch16_radio_v3", "huge_patch16_radio_v3"].iter().any(|name| architecture.contains(name)) {
+            Self::BilinearCorners
+        } else if architecture.contains("flexi") || architecture.contains("radio") {
             Self::Bilinear
         } else {
             Self::Bicubic
@@ -56,8 +60,12 @@ impl Resample {
                         row[(j.max(0.0) as usize).min(from - 1)] += cubic(at - j, -0.75) as f32;
                     }
                 }
-                Self::Bilinear => {
-                    let at = (scale * (i as f64 + 0.5) - 0.5).max(0.0);
+                Self::Bilinear | Self::BilinearCorners => {
+                    let at = match self {
+                        Self::BilinearCorners if to == 1 => 0.0,
+                        Self::BilinearCorners => i as f64 * (from as f64 - 1.0) / (to as f64 - 1.0),
+                        _ => (scale * (i as f64 + 0.5) - 0.5).max(0.0),
+                    };
                     let (j, t) = (at.floor() as usize, at.fract());
                     row[j.min(from - 1)] += (1.0 - t) as f32;
                     row[(j + 1).min(from - 1)] += t as f32;
@@ -146,7 +154,7 @@ mod tests {
 
     #[test]
     fn every_row_of_a_matrix_sums_to_one() {
-        for how in [Resample::Bicubic, Resample::BicubicNearest, Resample::Bilinear] {
+        for how in [Resample::Bicubic, Resample::BicubicNearest, Resample::Bilinear, Resample::BilinearCorners] {
             for (from, to) in [(1, 5), (4, 7), (7, 4), (14, 3), (5, 5), (2, 1)] {
                 for row in how.matrix(from, to).chunks(from) {
                     let sum: f32 = row.iter().sum();

@@ -7,7 +7,7 @@
 // a `VarBuilder` is a path that is handed down by value, as in all of candle
 #![allow(clippy::needless_pass_by_value)]
 
-use candle_core::{D, IndexOp, Module, Result as CandleResult, Tensor};
+use candle_core::{D, DType, IndexOp, Module, Result as CandleResult, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, ops};
 
 use crate::pos_embed::{self, Resample};
@@ -52,10 +52,10 @@ impl Norm {
         Self::new(dim, config.norm, config.ln_eps, vb)
     }
 
-    /// Candle's fused kernels have no gradient: while training, the plain formulas.
+    /// Candle's fused kernels have no gradient, and not all of them f64: there, the plain formulas.
     fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
-        let training = x.track_op() || self.weight.track_op();
-        match (&self.bias, training) {
+        let plain = x.track_op() || self.weight.track_op() || x.dtype() == DType::F64;
+        match (&self.bias, plain) {
             (Some(bias), false) => ops::layer_norm(&x.contiguous()?, &self.weight, bias, self.eps),
             (Some(bias), true) => ops::layer_norm_slow(x, &self.weight, bias, self.eps),
             (None, false) => ops::rms_norm(&x.contiguous()?, &self.weight, self.eps),
