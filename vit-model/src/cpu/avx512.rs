@@ -179,30 +179,29 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usi
         let pair = |p: *const i32| std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*p));
         for _ in 0..p.chunks {
             let mut row = a;
-            for _ in 0..4 {
-                for k in 0..4 {
-                    let (left, right) = (load(b.add(k)), load(b.add(16 + k)));
+            // one pair a turn: unrolled further, the loads come early and push sums out of the registers
+            for _ in 0..16 {
+                let (left, right) = (load(b), load(b.add(16)));
+                for (i, [x, y]) in sum.iter_mut().enumerate() {
+                    let v = pair(row.add(i * 16));
+                    *x = _mm512_dpbf16_ps(*x, v, left);
+                    *y = _mm512_dpbf16_ps(*y, v, right);
+                }
+                if SPLIT {
                     for (i, [x, y]) in sum.iter_mut().enumerate() {
-                        let v = pair(row.add(i * 16 + k));
+                        let low = pair(row.byte_add(p.a_low).add(i * 16));
+                        *x = _mm512_dpbf16_ps(*x, low, left);
+                        *y = _mm512_dpbf16_ps(*y, low, right);
+                    }
+                    let (left, right) = (load(b.add(32)), load(b.add(48)));
+                    for (i, [x, y]) in sum.iter_mut().enumerate() {
+                        let v = pair(row.add(i * 16));
                         *x = _mm512_dpbf16_ps(*x, v, left);
                         *y = _mm512_dpbf16_ps(*y, v, right);
                     }
-                    if SPLIT {
-                        for (i, [x, y]) in sum.iter_mut().enumerate() {
-                            let low = pair(row.byte_add(p.a_low).add(i * 16 + k));
-                            *x = _mm512_dpbf16_ps(*x, low, left);
-                            *y = _mm512_dpbf16_ps(*y, low, right);
-                        }
-                        let (left, right) = (load(b.add(32 + k)), load(b.add(48 + k)));
-                        for (i, [x, y]) in sum.iter_mut().enumerate() {
-                            let v = pair(row.add(i * 16 + k));
-                            *x = _mm512_dpbf16_ps(*x, v, left);
-                            *y = _mm512_dpbf16_ps(*y, v, right);
-                        }
-                    }
                 }
-                row = row.add(4);
-                b = b.add(4);
+                row = row.add(1);
+                b = b.add(1);
             }
             a = a.add(Avx512::TILE * 16);
             b = b.add(if SPLIT { 48 } else { 16 });

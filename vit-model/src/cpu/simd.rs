@@ -171,18 +171,16 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
         }
         for _ in 0..chunks {
             let mut row = a;
-            for _ in 0..4 {
-                for k in 0..4 {
-                    let left = s.load(b.add(k * S::LANES));
-                    let right = s.load(b.add((16 + k) * S::LANES));
-                    for (i, [x, y]) in sum.iter_mut().enumerate() {
-                        let v = s.splat(*row.add(i * 16 + k));
-                        *x = s.fma(v, left, *x);
-                        *y = s.fma(v, right, *y);
-                    }
+            // one column a turn: unrolled further, the loads come early and push sums out of the registers
+            for _ in 0..16 {
+                let (left, right) = (s.load(b), s.load(b.add(16 * S::LANES)));
+                for (i, [x, y]) in sum.iter_mut().enumerate() {
+                    let v = s.splat(*row.add(i * 16));
+                    *x = s.fma(v, left, *x);
+                    *y = s.fma(v, right, *y);
                 }
-                row = row.add(4);
-                b = b.add(4 * S::LANES);
+                row = row.add(1);
+                b = b.add(S::LANES);
             }
             a = a.add(a_chunk);
             b = b.add(16 * S::LANES);
