@@ -762,7 +762,7 @@ mod tests {
         let a = Array::floats(DType::F32, &[2, 3], &[1., 2., 3., 1., 2., 3.]);
         assert_eq!(a.collapse(0).unwrap().f64s(), [1., 2., 3.]);
         assert!(a.collapse(1).is_none());
-        let b = Array::floats(DType::F32, &[2, 2], &[1., 2., 1., 2.0000001]);
+        let b = Array::floats(DType::F32, &[2, 2], &[1., 2., 1., 2.000001]);
         assert!(b.collapse(0).is_none());
     }
 }

@@ -11,6 +11,8 @@ mod layout;
 mod linear;
 mod norm;
 mod quant;
+#[cfg(test)]
+mod tests;
 
 use std::rc::Rc;
 
