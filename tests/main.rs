@@ -4,6 +4,7 @@ mod commands;
 mod digits;
 mod forward;
 mod library;
+mod onnx;
 mod parity;
 mod predict;
 mod process;

@@ -1,41 +1,83 @@
-//! `inspect`: what a model file holds.
+//! `inspect`: what a model file holds, and for an ONNX file what was found in its graph.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
-use serde_json::{Value, json};
-use vit_model::load::Checkpoint;
+use serde_json::{Map, Value, json};
+use vit_model::{ModelInfo, Weights};
 
 use crate::args::InspectArgs;
-use crate::model;
+use crate::model::{self, Place};
 use crate::output::{Stdout, escape, json_pretty, show, thousands};
 
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    let checkpoint = model::checkpoint(&args.model)?;
+    let text = match model::find(&args.model)? {
+        Place::Onnx(path) => onnx(args, &path)?,
+        _ => {
+            let checkpoint = model::checkpoint(&args.model)?;
+            let (info, weights) = (&checkpoint.info, &*checkpoint.weights);
+            if args.json { json_pretty(&json_report(info, weights))? + "\n" } else { text(args, info, weights)? }
+        }
+    };
     let mut out = Stdout::new();
-    out.write(&if args.json { json_pretty(&json_report(&checkpoint))? + "\n" } else { text(args, &checkpoint)? })?;
+    out.write(&text)?;
     out.flush()
 }
 
-fn parameters(checkpoint: &Checkpoint) -> u128 {
-    checkpoint.weights.tensors().values().map(|t| crate::modules::elements(&t.shape)).sum()
+fn parameters(weights: &dyn Weights) -> u128 {
+    weights.tensors().values().map(|t| crate::modules::elements(&t.shape)).sum()
 }
 
-fn json_report(checkpoint: &Checkpoint) -> Value {
-    let tensors: serde_json::Map<String, Value> = checkpoint
-        .weights
+fn json_report(info: &ModelInfo, weights: &dyn Weights) -> Value {
+    let tensors: Map<String, Value> = weights
         .tensors()
         .iter()
         .map(|(name, t)| (name.clone(), json!({ "dtype": t.dtype.name(), "shape": t.shape })))
         .collect();
-    json!({
-        "config": checkpoint.info,
-        "parameters": u64::try_from(parameters(checkpoint)).ok(),
-        "tensors": tensors,
-    })
+    json!({ "config": info, "parameters": u64::try_from(parameters(weights)).ok(), "tensors": tensors })
 }
 
-fn text(args: &InspectArgs, checkpoint: &Checkpoint) -> anyhow::Result<String> {
-    let (info, tensors) = (&checkpoint.info, checkpoint.weights.tensors());
+/// What `vit-convert` would do with the file, and why.
+fn onnx(args: &InspectArgs, path: &Path) -> anyhow::Result<String> {
+    let (info, imported) = model::convert(path)?;
+    let weights = imported.weights.clone();
+    if args.json {
+        let mut report = json_report(&info, &*weights);
+        report["onnx"] = json!({
+            "input": imported.input, "output": imported.output, "modules": imported.modules,
+            "provenance": imported.provenance, "evidence": imported.evidence, "assumed": imported.assumed,
+            "ignored": imported.ignored, "approximate": imported.approximate,
+        });
+        return Ok(json_pretty(&report)? + "\n");
+    }
+    let mut text = text(args, &info, &*weights)?;
+    section(&mut text, "input", &serde_json::to_value(&imported.input)?)?;
+    section(&mut text, "output", &serde_json::to_value(&imported.output)?)?;
+    let list = |names: &[String]| names.iter().map(|n| escape(n)).collect::<Vec<_>>().join(" ");
+    writeln!(text, "\nmodules and the nodes that they were")?;
+    for module in &imported.modules {
+        writeln!(text, "  {}: {}", escape(&module.name), list(&module.nodes))?;
+    }
+    writeln!(text, "\ntensors and where they come from")?;
+    for (name, provenance) in &imported.provenance {
+        let by = if provenance.by.is_empty() { String::new() } else { format!(" ({})", provenance.by.join(", ")) };
+        writeln!(text, "  {} from {}{by}", escape(name), list(&provenance.from))?;
+    }
+    writeln!(text, "\nrecovered from")?;
+    for evidence in &imported.evidence {
+        writeln!(text, "  {} from {} ({})", escape(&evidence.what), escape(&evidence.node), escape(&evidence.op))?;
+    }
+    let notes =
+        [("assumed", &imported.assumed), ("ignored", &imported.ignored), ("approximate", &imported.approximate)];
+    for (title, notes) in notes.into_iter().filter(|(_, notes)| !notes.is_empty()) {
+        writeln!(text, "\n{title}")?;
+        notes.iter().try_for_each(|note| writeln!(text, "  {}", escape(note)))?;
+    }
+    Ok(text)
+}
+
+fn text(args: &InspectArgs, info: &ModelInfo, weights: &dyn Weights) -> anyhow::Result<String> {
+    let tensors = weights.tensors();
     let mut text = String::new();
     let bytes: u128 = tensors.values().map(|t| crate::modules::elements(&t.shape) * t.dtype.size() as u128).sum();
     writeln!(
@@ -43,7 +85,7 @@ fn text(args: &InspectArgs, checkpoint: &Checkpoint) -> anyhow::Result<String> {
         "{}: {} tensors, {} parameters, {:.1} MB",
         show(&args.model),
         tensors.len(),
-        thousands(parameters(checkpoint)),
+        thousands(parameters(weights)),
         bytes as f64 / 1e6
     )?;
     section(&mut text, "model", &serde_json::to_value(&info.model)?)?;

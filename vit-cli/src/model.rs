@@ -113,7 +113,10 @@ pub fn checkpoint(model: &OsStr) -> anyhow::Result<Checkpoint> {
     match find(model)? {
         Place::Digits => Ok(load::from_bytes("digits", DIGITS)?),
         Place::Path(path) => Ok(load::open(&path)?),
-        Place::Onnx(path) => convert(&path),
+        Place::Onnx(path) => {
+            let (info, imported) = convert(&path)?;
+            Ok(Checkpoint::new(info, imported.weights)?)
+        }
     }
 }
 
@@ -125,8 +128,21 @@ pub fn info(model: &OsStr) -> anyhow::Result<ModelInfo> {
     }
 }
 
-fn convert(path: &Path) -> anyhow::Result<Checkpoint> {
-    bail!("{}: ONNX not yet", show(path))
+/// An ONNX file as a model: its document, and what was found in the graph. The weights are read from that file when they
+/// are asked for. Nothing is verified here; `vit-convert` does that.
+pub fn convert(path: &Path) -> anyhow::Result<(ModelInfo, vit_convert::Imported)> {
+    let graph = vit_convert::onnx::read(path)?;
+    let imported = vit_convert::import(&graph).map_err(|e| e.at(path))?;
+    let source = [("producer", graph.producer.as_str().into()), ("opset", graph.opset.into())];
+    let info = ModelInfo {
+        vit: 1,
+        model: imported.config.clone(),
+        preprocess: imported.preprocess.clone(),
+        labels: None,
+        source: source.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        verified: None,
+    };
+    Ok((info, imported))
 }
 
 /// A model, ready to run as the options say.
