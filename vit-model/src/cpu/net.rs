@@ -127,7 +127,6 @@ impl Net {
 
     pub(super) fn read(config: &Config, weights: &dyn Weights, shape: Shape, pool: &Pool) -> Result<Self> {
         let dim = config.embed_dim;
-        let [ph, pw] = config.patch_size;
         let mut linears = Linears::read(Self::sources(config), weights, shape, pool)?;
         let norm = |there: bool, name: &str| there.then(|| Norm::read(config, weights, name, dim)).transpose();
         let (prefix, positions) = Self::embeddings(config, weights)?;
@@ -167,7 +166,6 @@ impl Net {
             _ => None,
         };
         let there = config.num_classes > 0;
-        debug_assert_eq!(config.in_chans * ph * pw, Self::patch_len(config));
         Ok(Self {
             patch: linears.take("patch_embed.proj")?,
             patch_norm: norm(config.patch_norm, "patch_embed.norm")?,

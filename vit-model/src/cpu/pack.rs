@@ -89,6 +89,7 @@ impl Product {
     ///
     /// # Safety
     /// `row` is a row of the product.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) unsafe fn a_tile(&self, row: usize, tile: usize) -> *const u8 {
         // SAFETY: the caller's
         unsafe { self.a.add(row / tile * self.a_tile) }

@@ -150,6 +150,7 @@ pub(crate) fn relu<S: Simd>(s: S, x: S::F) -> S::F {
 ///
 /// # Safety
 /// As [`Product`] says; the panel has two runs of `LANES` columns.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
     s: S,

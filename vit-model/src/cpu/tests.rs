@@ -51,11 +51,11 @@ fn model(config: &Config) -> (VisionTransformer, Memory) {
         let shape = var.dims().to_vec();
         let n = var.elem_count();
         let k = if shape.len() > 1 { n / shape[0] } else { 1 };
-        let (offset, scale) = match (name.ends_with("norm.weight"), shape.len()) {
-            _ if name.contains("norm") && name.ends_with("weight") => (1.0, 0.3),
-            _ if name.ends_with("gamma") => (0.0, 0.5),
-            (_, 1) => (0.0, 0.2),
-            _ if shape[0] == 1 => (0.0, 0.5),
+        let (offset, scale) = match shape[..] {
+            [_] if name.contains("norm") && name.ends_with("weight") => (1.0, 0.3),
+            [_] if name.ends_with("gamma") => (0.0, 0.5),
+            [_] => (0.0, 0.2),
+            [1, ..] => (0.0, 0.5), // tokens and positions
             _ => (0.0, 2.0 / (k as f32).sqrt()),
         };
         let numbers: Vec<f32> = numbers.take(n).into_iter().map(|x| offset + scale * x).collect();
@@ -441,8 +441,12 @@ fn activations_against_f64() {
     activations_of(portable::Portable);
     #[cfg(target_arch = "x86_64")]
     {
-        avx2::Avx2::detect().map(activations_of);
-        avx512::Avx512::detect().map(activations_of);
+        if let Some(avx2) = avx2::Avx2::detect() {
+            activations_of(avx2);
+        }
+        if let Some(avx512) = avx512::Avx512::detect() {
+            activations_of(avx512);
+        }
     }
 }
 
