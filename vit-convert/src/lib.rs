@@ -1,4 +1,16 @@
 //! Converts a Vision Transformer from any ONNX exporter to safetensors under timm's names.
+//!
+//! The graph is executed once over abstract values, so that every spelling of a module becomes the same expression; what
+//! is recognised in the output's expression becomes a [`Config`](vit_model::Config) and named tensors, and the result is
+//! proven by running the graph and the model on the same inputs.
+//!
+//! ```no_run
+//! # fn main() -> vit_convert::Result<()> {
+//! let model = vit_convert::convert("flowers.onnx".as_ref(), &vit_convert::Options::default())?;
+//! println!("{} blocks", model.info.model.depth);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod array;
 pub mod axes;
@@ -16,6 +28,100 @@ pub mod spec;
 pub mod verify;
 pub mod write;
 
+use std::{path::Path, sync::Arc};
+
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use vit_model::{ModelInfo, PreprocessConfig, Weights};
+
 pub use error::{Error, Result};
 pub use import::import;
 pub use spec::Imported;
+
+/// What the user adds to what the file says.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Class names, one per class.
+    pub labels: Option<Vec<String>>,
+    /// How a photograph becomes the input; the image size is the model's.
+    pub preprocess: Option<PreprocessConfig>,
+    /// Run the graph and the model on the same inputs and compare.
+    pub verify: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { labels: None, preprocess: None, verify: true }
+    }
+}
+
+/// A converted model, in memory: its weights are read from the ONNX file when they are asked for.
+pub struct Converted {
+    /// The document that goes into the written file.
+    pub info: ModelInfo,
+    /// The tensors, under timm's names.
+    pub weights: Arc<dyn Weights>,
+    /// What was found where.
+    pub imported: Imported,
+    /// The proof, unless it was not wanted.
+    pub verified: Option<verify::Verified>,
+}
+
+/// Reads, recognises and proves a model; [`write::file`] then writes it.
+///
+/// # Errors
+/// A file that cannot be read, a graph that is no ViT of this family (with the node that does not fit), labels or a
+/// preprocessing that do not fit the model, and a proof that fails.
+pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
+    let onnx::Model { graph, bytes } = onnx::open(path)?;
+    let at = |error: Error| error.at(path);
+    let imported = import(&graph).map_err(at)?;
+    let mut info = document(&graph, &imported, options).map_err(at)?;
+    let (digest, verified) = std::thread::scope(|scope| {
+        let digest = scope.spawn(|| sha256(&bytes));
+        let verified = options.verify.then(|| prove(&graph, &imported)).transpose();
+        (digest.join().ok(), verified)
+    });
+    let verified = verified.map_err(at)?;
+    info.source.insert("sha256".into(), digest.into());
+    info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
+    Ok(Converted { info, weights: imported.weights.clone(), imported, verified })
+}
+
+/// The document: what was recovered, and what the user adds.
+fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Result<ModelInfo> {
+    if imported.preprocess_known {
+        return Err(Error::graph(
+            "the graph normalises its input itself (mean and standard deviation, or bytes): export the model without its \
+             preprocessing, and say what it is with --preprocess",
+        ));
+    }
+    let model = imported.config.clone();
+    let mut preprocess = options.preprocess.clone().unwrap_or_else(|| imported.preprocess.clone());
+    let [h, w] = model.img_size;
+    preprocess.input_size = [model.in_chans, h, w];
+    let mut source: std::collections::BTreeMap<String, Value> =
+        [("producer".into(), json!(graph.producer)), ("opset".into(), json!(graph.opset))].into();
+    if !imported.output.activation.is_empty() {
+        source.insert("output".into(), json!(imported.output.activation));
+    }
+    if !imported.approximate.is_empty() {
+        source.insert("approximate".into(), json!(imported.approximate));
+    }
+    if !imported.assumed.is_empty() {
+        source.insert("assumed".into(), json!(imported.assumed));
+    }
+    let info = ModelInfo { vit: 1, model, preprocess, labels: options.labels.clone(), source, verified: None };
+    info.validate()?;
+    Ok(info)
+}
+
+/// Runs both and compares.
+fn prove(graph: &graph::Graph, imported: &Imported) -> Result<verify::Verified> {
+    let reading = verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() };
+    verify::verify(graph, &imported.config, imported.weights.as_ref(), &reading).map_err(Error::from)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
