@@ -14,9 +14,7 @@ A MODEL is any of
   model.safetensors           a file that vit-convert wrote
   folder/                     model.safetensors with a timm or Hugging Face config.json
   model.onnx                  an ONNX export of a ViT, converted in memory
-  timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, google/vit-base-patch16-224@main
-                              a Hugging Face repository, at a revision if you like
-A path that exists wins over a repository of the same name.
+A path that exists wins over the name `digits`.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 all good, 1 some inputs failed or a comparison
 did not hold, 2 usage or fatal, 130 interrupted.";
@@ -103,7 +101,7 @@ pub struct ImageArgs {
 Examples:
   vit-cli predict cat.jpg                                   with the model inside this program
   vit-cli predict --model flowers.safetensors photos/ --top 3
-  vit-cli predict -m google/vit-base-patch16-224 --format jsonl *.jpg
+  vit-cli predict -m vit-base-patch16-224/ --format jsonl *.jpg
   curl -s https://example.org/cat.jpg | vit-cli predict -m model.onnx -
   vit-cli predict -m flowers.safetensors --format seed rose.jpg
 A file whose name begins with a dash stands after `--`. An image that cannot be read gets an error record, the rest go on, and the
@@ -138,7 +136,7 @@ pub enum PredictFormat {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  vit-cli embed -m timm/vit_small_patch14_dinov2.lvd142m photos/ --format jsonl > photos.jsonl
+  vit-cli embed -m vit_small_patch14_dinov2/ photos/ --format jsonl > photos.jsonl
   vit-cli embed -m model.safetensors --normalize --format safetensors --output photos.safetensors photos/
 The safetensors form holds `embeddings` [N, D] f32, and in its metadata `files`, a JSON list of the N names.")]
 pub struct EmbedArgs {
@@ -173,7 +171,7 @@ pub enum EmbedFormat {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  vit-cli explain cat.jpg --output cat-attention.png -m google/vit-base-patch16-224
+  vit-cli explain cat.jpg --output cat-attention.png -m vit-base-patch16-224/
   vit-cli explain cat.jpg --output block11.png -m model.safetensors --method map --block 11 --head 3
 Rollout (arXiv 2005.00928) multiplies the attention of all blocks, each averaged over heads and mixed with the identity.
 A map is one block's attention. Both show the class token's row, or the mean over all rows where there is none.")]
@@ -242,7 +240,7 @@ pub struct ForwardArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
-  vit-cli preprocess google/vit-base-patch16-224 cat.jpg --output x.safetensors
+  vit-cli preprocess vit-base-patch16-224/ cat.jpg --output x.safetensors
 Writes `pixel_values` [1, C, H, W] f32. A folder that holds configurations alone is enough.")]
 pub struct PreprocessArgs {
     /// The model (see `vit-cli --help`)

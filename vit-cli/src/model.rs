@@ -104,7 +104,7 @@ fn forms(name: &str) -> String {
     };
     hint + &format!(
         "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
-         and config.json, an .onnx file, `digits`, or a repository such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+         and config.json, an .onnx file, or `digits`. Repositories on the Hub are not fetched: download one and name its folder"
     )
 }
 
