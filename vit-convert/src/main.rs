@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use vit_convert::{Converted, Options, convert, save, write};
+use vit_convert::{Converted, Options, convert, explain, save, write};
 use vit_model::{Dtype, PreprocessConfig};
 
 /// Converts a Vision Transformer from ONNX to safetensors with timm's tensor names.
@@ -174,18 +174,7 @@ fn answer(args: &Args, converted: &Converted) -> anyhow::Result<()> {
 
 /// Everything that was found, for `--report`.
 fn report_of(converted: &Converted) -> Value {
-    let imported = &converted.imported;
-    json!({
-        "config": converted.info,
-        "input": imported.input,
-        "output": imported.output,
-        "tensors": imported.provenance,
-        "recovered": imported.evidence,
-        "modules": imported.modules.iter().map(|m| json!({ "name": m.name, "nodes": m.nodes })).collect::<Vec<_>>(),
-        "assumed": imported.assumed,
-        "ignored": imported.ignored,
-        "approximate": imported.approximate,
-    })
+    json!({ "config": converted.info, "found": explain::report(&converted.imported) })
 }
 
 /// Class names from a file.
