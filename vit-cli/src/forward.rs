@@ -19,16 +19,19 @@ const BATCH: usize = 16;
 const MAX_INPUT: u64 = 4 << 30;
 
 pub fn run(args: &ForwardArgs, verbose: bool) -> anyhow::Result<()> {
-    let predictor = model::predictor(&args.model, args.run, verbose)?;
-    let (pixels, batch) = read_input(&args.input, args.tensor.as_deref(), predictor.info())?;
+    let (name, x) = load(&args.input, args.tensor.as_deref()).with_context(|| show(&args.input))?;
+    let predictor = model::predictor_for(&args.model, args.run, verbose, |info| fit(info, x.dims()))?;
+    let (pixels, batch) = pixels(&name, &x, predictor.info()).with_context(|| show(&args.input))?;
     let output = forward(&predictor, &pixels, batch)?;
     let [logits, features, pre_logits] = predictor.shapes(batch);
     let mut tensors = vec![
         F32 { name: "features", shape: features, values: &output.features },
         F32 { name: "pre_logits", shape: pre_logits, values: &output.pre_logits },
     ];
-    if let Some(values) = &output.logits {
-        tensors.push(F32 { name: "logits", shape: logits, values });
+    match &output.logits {
+        Some(values) => tensors.push(F32 { name: "logits", shape: logits, values }),
+        // without a head the model's answer is what the head would read, as in timm
+        None => tensors.push(F32 { name: "logits", shape: tensors[1].shape.clone(), values: &output.pre_logits }),
     }
     let model = PathBuf::from(&args.model);
     let inputs = [&*args.input, &*model, &*model.join("model.safetensors"), &*model.join("config.json")];
@@ -52,10 +55,26 @@ pub fn forward(predictor: &Predictor, pixels: &[f32], batch: usize) -> anyhow::R
 
 /// The input tensor `[B, C, H, W]`, normalised, and B.
 pub fn read_input(path: &Path, tensor: Option<&str>, info: &ModelInfo) -> anyhow::Result<(Vec<f32>, usize)> {
-    read(path, tensor, info).with_context(|| show(path))
+    load(path, tensor).and_then(|(name, x)| pixels(&name, &x, info)).with_context(|| show(path))
 }
 
-fn read(path: &Path, tensor: Option<&str>, info: &ModelInfo) -> anyhow::Result<(Vec<f32>, usize)> {
+/// Where the file that a model was converted from left its image size open, the input decides between sizes of as many
+/// patches: nothing else of the model depends on it.
+fn fit(info: &mut ModelInfo, dims: &[usize]) {
+    let &[_, _, h, w] = dims else { return };
+    let ([ph, pw], patches) = (info.model.patch_size, info.model.num_patches());
+    if info.source.contains_key("assumed")
+        && h % ph == 0
+        && w % pw == 0
+        && (h / ph).checked_mul(w / pw) == Some(patches)
+    {
+        info.model.img_size = [h, w];
+        info.preprocess.input_size = [info.model.in_chans, h, w];
+    }
+}
+
+/// The input tensor and its name.
+fn load(path: &Path, tensor: Option<&str>) -> anyhow::Result<(String, Tensor)> {
     let meta = std::fs::metadata(path)?;
     if !meta.is_file() {
         bail!("not a regular file");
@@ -73,7 +92,11 @@ fn read(path: &Path, tensor: Option<&str>, info: &ModelInfo) -> anyhow::Result<(
         (None, _) if names.iter().any(|n| n == "x") => "x",
         (None, _) => bail!("no tensor `x`; name one with --tensor: {}", listed()),
     };
-    let x = file.load(name, &Device::Cpu)?;
+    Ok((name.to_owned(), file.load(name, &Device::Cpu)?))
+}
+
+/// The input as the model reads it: `[B, C, H, W]`, normalised, and B.
+fn pixels(name: &str, x: &Tensor, info: &ModelInfo) -> anyhow::Result<(Vec<f32>, usize)> {
     let ([h, w], c) = (info.model.img_size, info.model.in_chans);
     let what = || format!("tensor `{}`: the model reads [B, {c}, {h}, {w}], found {:?}", escape(name), x.dims());
     let (batch, image) = match *x.dims() {
@@ -81,9 +104,11 @@ fn read(path: &Path, tensor: Option<&str>, info: &ModelInfo) -> anyhow::Result<(
         _ => bail!(what()),
     };
     let x = match x.dtype() {
-        DType::U8 if image == [c, h, w] => normalise(&x, info)?,
+        DType::U8 if image == [c, h, w] => normalise(x, info)?,
         DType::U8 if image == [h, w, c] => normalise(&x.permute((0, 3, 1, 2))?, info)?,
-        DType::F32 | DType::F16 | DType::BF16 | DType::F64 if image == [c, h, w] => x,
+        DType::F32 | DType::F16 | DType::BF16 | DType::F64 if image == [c, h, w] => x.clone(),
+        // as TensorFlow's models and their exports have it
+        DType::F32 | DType::F16 | DType::BF16 | DType::F64 if image == [h, w, c] => x.permute((0, 3, 1, 2))?,
         DType::U8 | DType::F32 | DType::F16 | DType::BF16 | DType::F64 => bail!(what()),
         dtype => bail!("tensor `{}`: expected floats or u8, found {}", escape(name), dtype.as_str()),
     };

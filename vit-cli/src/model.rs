@@ -147,8 +147,19 @@ pub fn convert(path: &Path) -> anyhow::Result<(ModelInfo, vit_convert::Imported)
 
 /// A model, ready to run as the options say.
 pub fn predictor(model: &OsStr, run: RunArgs, verbose: bool) -> anyhow::Result<Predictor> {
+    predictor_for(model, run, verbose, |_| {})
+}
+
+/// As [`predictor`], with a look at the document before the model is built.
+pub fn predictor_for(
+    model: &OsStr,
+    run: RunArgs,
+    verbose: bool,
+    fit: impl FnOnce(&mut ModelInfo),
+) -> anyhow::Result<Predictor> {
     let options = options(run)?;
-    let checkpoint = checkpoint(model)?;
+    let mut checkpoint = checkpoint(model)?;
+    fit(&mut checkpoint.info);
     let predictor = Predictor::new(&checkpoint, &options).map_err(|e| named(model, e))?;
     if verbose {
         let backend = predictor.backend();

@@ -59,7 +59,7 @@ pub fn answer_all(
     let exif = !args.no_exif;
     let prepare = |source: &Source| {
         let image = read_image(source, exif)?;
-        named(source, predictor.preprocess().apply(&image))
+        named(source, predictor.preprocess().and_then(|preprocess| preprocess.apply(&image)))
     };
     let progress = progress_bar();
     let mut outcome = Outcome::Good;

@@ -97,7 +97,7 @@ pub struct Backend {
 pub struct Predictor {
     info: ModelInfo,
     #[cfg(feature = "image")]
-    preprocess: Preprocess,
+    preprocess: std::result::Result<Preprocess, String>,
     model: Model,
     backend: Backend,
 }
@@ -123,7 +123,8 @@ impl Predictor {
     pub fn new(checkpoint: &Checkpoint, options: &Options) -> Result<Self> {
         let info = checkpoint.info.clone();
         #[cfg(feature = "image")]
-        let preprocess = Preprocess::new(&info.preprocess)?;
+        // a model of four channels cannot read a picture, and answers tensors all the same
+        let preprocess = Preprocess::new(&info.preprocess).map_err(|error| error.to_string());
         let (model, backend) = Model::new(checkpoint, options)?;
         Ok(Self {
             info,
@@ -151,8 +152,11 @@ impl Predictor {
 
     /// How images become the input.
     #[cfg(feature = "image")]
-    pub fn preprocess(&self) -> &Preprocess {
-        &self.preprocess
+    ///
+    /// # Errors
+    /// A model that no picture fits: of two or four channels, say.
+    pub fn preprocess(&self) -> Result<&Preprocess> {
+        self.preprocess.as_ref().map_err(|why| Error::Image(why.clone()))
     }
 
     /// The classes of each image, the most probable first; all of them.
@@ -162,7 +166,8 @@ impl Predictor {
     #[cfg(feature = "image")]
     pub fn predict(&self, images: &[Image]) -> Result<Vec<Vec<Prediction>>> {
         use rayon::prelude::*;
-        let pixels: Vec<Vec<f32>> = images.par_iter().map(|i| self.preprocess.apply(i)).collect::<Result<_>>()?;
+        let preprocess = self.preprocess()?;
+        let pixels: Vec<Vec<f32>> = images.par_iter().map(|i| preprocess.apply(i)).collect::<Result<_>>()?;
         let output = self.forward(&pixels.concat(), images.len())?;
         self.rows(&output, images.len())?.map(|row| self.classify(row, usize::MAX)).collect()
     }
