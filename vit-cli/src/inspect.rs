@@ -11,13 +11,12 @@ use crate::model::{self, Place};
 use crate::output::{Stdout, escape, json_pretty, show, thousands};
 
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    let text = match model::find(&args.model)? {
-        Place::Onnx(path) => onnx(args, &path)?,
-        _ => {
-            let checkpoint = model::checkpoint(&args.model)?;
-            let (info, weights) = (&checkpoint.info, &*checkpoint.weights);
-            if args.json { json_pretty(&json_report(info, weights))? + "\n" } else { text(args, info, weights)? }
-        }
+    let text = if let Place::Onnx(path) = model::find(&args.model)? {
+        onnx(args, &path)?
+    } else {
+        let checkpoint = model::checkpoint(&args.model)?;
+        let (info, weights) = (&checkpoint.info, &*checkpoint.weights);
+        if args.json { json_pretty(&json_report(info, weights))? + "\n" } else { text(args, info, weights)? }
     };
     let mut out = Stdout::new();
     out.write(&text)?;

@@ -344,7 +344,7 @@ impl Array {
         }
         let mut order: Vec<usize> = (0..shape.len()).collect();
         order.swap(0, dim);
-        let turned: Vec<Self> = parts.iter().map(|p| p.transpose(&order)).filter(|p| p.len() > 0).collect();
+        let turned: Vec<Self> = parts.iter().map(|p| p.transpose(&order)).filter(|p| !p.is_empty()).collect();
         let Some(front) = turned.first() else { return Ok(first.clone()) };
         let mut dims = front.shape();
         dims[0] = turned.iter().try_fold(0usize, |n, p| n.checked_add(p.dim(0))).ok_or("too large")?;

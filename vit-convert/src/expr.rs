@@ -904,7 +904,7 @@ impl Exprs {
                 }
                 let [q, k, v] = &operands;
                 let args = vec![self.beside_leaf(q)?, self.beside_leaf(k)?, self.beside_leaf(v)?];
-                let per_head = |n: usize| (n % heads == 0).then_some(n / heads);
+                let per_head = |n: usize| n.is_multiple_of(heads).then_some(n / heads);
                 let (d, _) = (per_head(self.shape(args[0])[2])?, per_head(channels)?);
                 // every part has the same head width, or heads would be cut elsewhere
                 if parts.iter().any(
@@ -1006,5 +1006,6 @@ impl Exprs {
 fn whole_groups(pick: &Pick, group: usize) -> bool {
     let Some(&(stride, size)) = pick.digits.last() else { return group == 1 };
     let outer = &pick.digits[..pick.digits.len() - 1];
-    pick.offset % group == 0 && stride == 1 && size % group == 0 && outer.iter().all(|d| d.0 % group == 0) || group == 1
+    pick.offset.is_multiple_of(group) && stride == 1 && size % group == 0 && outer.iter().all(|d| d.0 % group == 0)
+        || group == 1
 }

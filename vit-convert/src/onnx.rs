@@ -82,7 +82,8 @@ fn parse(bytes: &Bytes, folder: &external::Folder) -> Result<Graph> {
     }
     normalise(&mut model, folder)?;
     let mut graph = build::build(&model, &opsets)?;
-    graph.producer = [model.producer_name.trim(), model.producer_version.trim()].join(" ").trim().to_owned();
+    graph.producer = format!("{} {}", model.producer_name.trim(), model.producer_version.trim());
+    graph.producer.truncate(graph.producer.trim_end().len());
     graph.opset = opset;
     graph.opsets = opsets.into_iter().filter(|(domain, _)| !domain.is_empty()).collect();
     graph.metadata = model.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect();

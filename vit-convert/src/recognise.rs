@@ -349,7 +349,7 @@ impl Finder<'_> {
             match self.op(e) {
                 Op::Out(head) => heads.push(*head),
                 Op::Func(crate::expr::Func::Sigmoid) if matches!(self.op(self.arg(e)), Op::Linear { .. }) => {
-                    heads.push(Head::Sigmoid)
+                    heads.push(Head::Sigmoid);
                 }
                 _ => break,
             }

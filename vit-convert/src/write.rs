@@ -166,13 +166,12 @@ fn tensor(weights: &dyn Weights, place: &Place<'_>) -> Result<Vec<u8>> {
         Dtype::F16 => values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect(),
         Dtype::Bf16 => values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect(),
     };
-    match check_finite(place.name, place.dtype, &bytes) {
-        Ok(()) => Ok(bytes),
-        Err(_) => {
-            let largest = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-            let why = format!("its largest value {largest} does not fit into {}", place.dtype.name());
-            Err(Error::tensor(place.name, why))
-        }
+    if let Ok(()) = check_finite(place.name, place.dtype, &bytes) {
+        Ok(bytes)
+    } else {
+        let largest = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        let why = format!("its largest value {largest} does not fit into {}", place.dtype.name());
+        Err(Error::tensor(place.name, why))
     }
 }
 

@@ -371,10 +371,10 @@ impl Config {
         if self.mlp == MlpKind::SwigluPacked && !self.mlp_hidden.is_multiple_of(2) {
             return fail(format!("`mlp_hidden` of swiglu_packed must be even, found {}", self.mlp_hidden));
         }
-        if let Some(pre) = &self.pre_logits {
-            if pre.act != "tanh" || pre.size == 0 || pre.size > 1 << 20 {
-                return fail(format!("`pre_logits` must be tanh and of a size up to {}, found {pre:?}", 1 << 20));
-            }
+        if let Some(pre) = &self.pre_logits
+            && (pre.act != "tanh" || pre.size == 0 || pre.size > 1 << 20)
+        {
+            return fail(format!("`pre_logits` must be tanh and of a size up to {}, found {pre:?}", 1 << 20));
         }
         Ok(())
     }

@@ -292,7 +292,7 @@ fn to_rgb8(pixels: &mut Vec<u8>, width: u32, height: u32, kind: ColorType) -> Re
     let count = u64::from(width).saturating_mul(u64::from(height));
     let count = usize::try_from(count).map_err(|e| e.to_string())?;
     // the byte of a 16-bit sample that is kept
-    let high: usize = if cfg!(target_endian = "little") { 1 } else { 0 };
+    let high: usize = usize::from(cfg!(target_endian = "little"));
     match kind {
         ColorType::Rgb8 => {}
         ColorType::L8 => spread(pixels, count, 1, 0),

@@ -238,7 +238,7 @@ fn to_f64(value: usize) -> f64 {
 /// A whole number that an index can hold exactly.
 #[allow(clippy::as_conversions)] // after the range check
 fn to_usize(value: f64) -> Option<usize> {
-    (value >= 0.0 && value <= 4294967295.0 && value.fract() == 0.0).then_some(value as usize)
+    ((0.0..=4294967295.0).contains(&value) && value.fract() == 0.0).then_some(value as usize)
 }
 
 /// One value stands for all channels; equal values stand for any number of them.

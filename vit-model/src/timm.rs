@@ -284,9 +284,9 @@ pub(crate) fn pair(value: &Value) -> Result<[usize; 2], String> {
         let side = size(value, "size")?;
         return Ok([side, side]);
     }
-    match sizes(value, "size")?.as_slice() {
-        &[side] => Ok([side, side]),
-        &[h, w] => Ok([h, w]),
+    match *sizes(value, "size")?.as_slice() {
+        [side] => Ok([side, side]),
+        [h, w] => Ok([h, w]),
         _ => Err(format!("must be a size or [height, width], found {value}")),
     }
 }

@@ -116,10 +116,8 @@ impl PatchEmbed {
     fn new(config: &Config, vb: VarBuilder<'_>) -> CandleResult<Self> {
         let (dim, [ph, pw]) = (config.embed_dim, config.patch_size);
         let weight = vb.pp("proj").get_with_hints((dim, config.in_chans, ph, pw), "weight", WEIGHT)?;
-        let bias = match config.patch_bias {
-            true => Some(vb.pp("proj").get_with_hints(dim, "bias", Init::Const(0.0))?),
-            false => None,
-        };
+        let bias =
+            if config.patch_bias { Some(vb.pp("proj").get_with_hints(dim, "bias", Init::Const(0.0))?) } else { None };
         let norm = config.patch_norm.then(|| Norm::of(config, dim, vb.pp("norm"))).transpose()?;
         let proj = Linear::new(weight.reshape((dim, config.in_chans * ph * pw))?, bias);
         Ok(Self { proj, norm, patch_size: config.patch_size })
@@ -388,10 +386,8 @@ struct ParallelIn {
 impl ParallelIn {
     fn new(config: &Config, head_dim: usize, vb: &VarBuilder<'_>) -> CandleResult<Self> {
         let (dim, hidden) = (config.embed_dim, config.mlp_hidden);
-        let mlp_bias = match config.qkv_bias {
-            true => None, // in_proj.bias holds it
-            false => Some(vb.get_with_hints(hidden, "mlp_bias", Init::Const(0.0))?),
-        };
+        let mlp_bias =
+            if config.qkv_bias { None } else { Some(vb.get_with_hints(hidden, "mlp_bias", Init::Const(0.0))?) };
         Ok(Self {
             in_norm: Norm::of(config, dim, vb.pp("in_norm"))?,
             in_proj: linear(dim, hidden + 3 * dim, config.qkv_bias, vb.pp("in_proj"))?,

@@ -306,7 +306,7 @@ impl Walk<'_> {
         }
         let cond = cond.array("the condition of Where")?;
         let value = cond.uniform().ok_or("a mask: Where with a condition that is not the same everywhere")?;
-        let kept = if value != 0.0 { a } else { b };
+        let kept = if value == 0.0 { b } else { a };
         let v = kept.view("what Where keeps")?;
         // the result has the shape that all three broadcast to
         let mut shape = v.shape();

@@ -247,15 +247,12 @@ impl Walk<'_> {
         let axis = axis_in(call.int("axis", 0)?, shape.len())?;
         let n = shape[axis];
         let count = call.node.outputs.len();
-        let sizes: Vec<usize> = match call.list("split", 1)? {
-            Some(list) => {
-                list.iter().map(|&s| usize::try_from(s).map_err(|_| format!("a split of {s}"))).collect::<Rule<_>>()?
-            }
-            None => {
-                need!(count > 0, "a split into nothing");
-                let each = n.div_ceil(count);
-                (0..count).map(|k| each.min(n.saturating_sub(k * each))).collect()
-            }
+        let sizes: Vec<usize> = if let Some(list) = call.list("split", 1)? {
+            list.iter().map(|&s| usize::try_from(s).map_err(|_| format!("a split of {s}"))).collect::<Rule<_>>()?
+        } else {
+            need!(count > 0, "a split into nothing");
+            let each = n.div_ceil(count);
+            (0..count).map(|k| each.min(n.saturating_sub(k * each))).collect()
         };
         need!(sizes.iter().try_fold(0usize, |a, &b| a.checked_add(b)) == Some(n), "a split of {n} into {sizes:?}");
         need!(sizes.len() >= count, "a split into {} with {count} outputs", sizes.len());
@@ -323,26 +320,25 @@ impl Walk<'_> {
             dims.splice(axis..=axis, new.into_iter().map(|(_, d)| d));
             return Ok(v.with(dims).into());
         }
-        let picked = match fold::evenly(&list, n)? {
-            Some(pick) => self.restrict(call.get(0), axis, &pick)?,
-            None => {
-                // an index list: small constants alone
-                let Value::Const(c) = call.get(0) else {
-                    return Err("Gather with indices that are not evenly spaced".into());
-                };
-                let total = list.len().checked_mul(c.array.len() / n.max(1)).ok_or("Gather too large")?;
-                need!(
-                    total <= crate::array::FOLD_LIMIT && list.len() <= 1 << 14,
-                    "Gather of {total} elements of a constant"
-                );
-                let rows = list
-                    .iter()
-                    .map(|&i| {
-                        c.array.pick(axis, &Pick::range(fold::axis_index(i, n)?, 1)).ok_or_else(|| "Gather".to_string())
-                    })
-                    .collect::<Rule<Vec<_>>>()?;
-                Array::concat(&rows, axis)?.into()
-            }
+        let picked = if let Some(pick) = fold::evenly(&list, n)? {
+            self.restrict(call.get(0), axis, &pick)?
+        } else {
+            // an index list: small constants alone
+            let Value::Const(c) = call.get(0) else {
+                return Err("Gather with indices that are not evenly spaced".into());
+            };
+            let total = list.len().checked_mul(c.array.len() / n.max(1)).ok_or("Gather too large")?;
+            need!(
+                total <= crate::array::FOLD_LIMIT && list.len() <= 1 << 14,
+                "Gather of {total} elements of a constant"
+            );
+            let rows = list
+                .iter()
+                .map(|&i| {
+                    c.array.pick(axis, &Pick::range(fold::axis_index(i, n)?, 1)).ok_or_else(|| "Gather".to_string())
+                })
+                .collect::<Rule<Vec<_>>>()?;
+            Array::concat(&rows, axis)?.into()
         };
         Self::reshaped(&picked, &target)
     }

@@ -111,19 +111,18 @@ impl Walk<'_> {
         let mut out = channel_dims(&sizes);
         let plain = out.split_off(batch_rows);
         let mut outer = out.into_iter();
-        let mut product = match self.pixels(v.e) {
-            Some(_) => self.patches(v, &summed, &w, left, free)?,
-            None => {
-                let channels = *self.x.shape(v.e).last().unwrap_or(&0);
-                need!(self.x.shape(v.e).len() == 3, "a linear over something else than tokens");
-                need!(summed.iter().all(|d| d.axis == 2), "a linear over something else than channels");
-                let pick = Pick { offset: 0, digits: summed.iter().map(|d| (d.stride, d.size)).collect() };
-                need!(pick.is_permutation(channels), "a linear over a part of the channels");
-                need!(left.iter().chain(&free).flatten().all(|d| d.axis != 2), "channels outside of a linear");
-                let w = in_order(&w, &summed, 1);
-                let w = w.reshape(&[n, channels]).ok_or("a weight that cannot be re-cut")?;
-                Product { e: self.x.linear(v.e, w, None), sel: v.sel, batch: left, a: free, b: Vec::new() }
-            }
+        let mut product = if self.pixels(v.e).is_some() {
+            self.patches(v, &summed, &w, left, free)?
+        } else {
+            let channels = *self.x.shape(v.e).last().unwrap_or(&0);
+            need!(self.x.shape(v.e).len() == 3, "a linear over something else than tokens");
+            need!(summed.iter().all(|d| d.axis == 2), "a linear over something else than channels");
+            let pick = Pick { offset: 0, digits: summed.iter().map(|d| (d.stride, d.size)).collect() };
+            need!(pick.is_permutation(channels), "a linear over a part of the channels");
+            need!(left.iter().chain(&free).flatten().all(|d| d.axis != 2), "channels outside of a linear");
+            let w = in_order(&w, &summed, 1);
+            let w = w.reshape(&[n, channels]).ok_or("a weight that cannot be re-cut")?;
+            Product { e: self.x.linear(v.e, w, None), sel: v.sel, batch: left, a: free, b: Vec::new() }
         };
         for (&j, dim) in rw.batch.iter().zip(product.batch.iter_mut()) {
             if rows[..batch_rows].contains(&j) {
@@ -192,7 +191,7 @@ impl Walk<'_> {
                 let mut mine: Dim = summed.iter().filter(|d| d.axis == axis).copied().collect();
                 mine.sort_by_key(|d| std::cmp::Reverse(d.stride));
                 match join_one(&mine) {
-                    Some(n) if shape[usize::from(axis)] % n == 0 => Some(n),
+                    Some(n) if shape[usize::from(axis)].is_multiple_of(n) => Some(n),
                     _ => None,
                 }
             };
@@ -554,11 +553,11 @@ impl Walk<'_> {
             need!(same, "kernel_shape {k:?} for a kernel of {kernel:?}");
         }
         let auto = call.text("auto_pad", "NOTSET")?;
-        let divides = shape[h] % kernel[0].max(1) == 0 && shape[wd] % kernel[1].max(1) == 0;
+        let divides = shape[h].is_multiple_of(kernel[0].max(1)) && shape[wd].is_multiple_of(kernel[1].max(1));
         need!(matches!(auto.as_str(), "NOTSET" | "VALID" | "") || divides, "a convolution padded {auto}");
         need!(w.dim(1) == shape[c], "a convolution of {} channels over {}", w.dim(1), shape[c]);
         need!(
-            w.len() > 0 && kernel[0] <= shape[h] && kernel[1] <= shape[wd],
+            !w.is_empty() && kernel[0] <= shape[h] && kernel[1] <= shape[wd],
             "patches of {kernel:?} of an image of {}×{}",
             shape[h],
             shape[wd]

@@ -488,7 +488,7 @@ fn known_attributes(node: &Node) -> Rule<()> {
 /// The branch of an `If` that is taken.
 fn branch<'g>(call: &Call<'g>) -> Rule<&'g SubGraph> {
     let cond = call.get(0).array("the condition of If")?.one().ok_or("the condition of If is not one value")?;
-    let name = if cond != 0.0 { "then_branch" } else { "else_branch" };
+    let name = if cond == 0.0 { "else_branch" } else { "then_branch" };
     match call.node.attrs.get(name) {
         Some(Attr::Graph(body)) => Ok(body),
         _ => Err(format!("If has no `{name}`")),

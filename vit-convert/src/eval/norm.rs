@@ -56,7 +56,7 @@ impl Walk<'_> {
             return Ok(v.with(dims)); // over axes of size 1
         };
         let axis = usize::from(d.axis);
-        let channels = shape.len() == 3 && d.axis == 2 && d.stride == 1 && shape[2] % d.size == 0;
+        let channels = shape.len() == 3 && d.axis == 2 && d.stride == 1 && shape[2].is_multiple_of(d.size);
         let keys = shape.len() == 4 && d.axis == 3 && d.stride == 1 && shape[3] == d.size && self.of_scores(v.e);
         if channels || keys {
             let e = match how {
@@ -108,7 +108,7 @@ impl Walk<'_> {
         let shape = self.x.shape(v.e).to_vec();
         need!(shape.len() == 3, "a norm over something else than tokens");
         let group = match over[..] {
-            [d] if d.axis == 2 && d.stride == 1 && shape[2] % d.size == 0 => d.size,
+            [d] if d.axis == 2 && d.stride == 1 && shape[2].is_multiple_of(d.size) => d.size,
             [] if shape[2] == 1 || v.dims.iter().flatten().any(|d| d.axis == 2 && d.stride == 1) => 1,
             _ => return Err("a norm over something else than channels".into()),
         };
@@ -197,9 +197,9 @@ impl Walk<'_> {
         );
         let mut dims = v.dims.clone();
         if call.int("keepdims", 1)? != 0 {
-            dims[axis] = Dim::new()
+            dims[axis] = Dim::new();
         } else {
-            drop(dims.remove(axis))
+            drop(dims.remove(axis));
         }
         let e = self.x.make(Op::Out(Head::ArgMax), vec![v.e], shape);
         Ok(View { e, dims, sel: v.sel }.into())

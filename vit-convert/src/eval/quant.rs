@@ -213,7 +213,7 @@ impl Walk<'_> {
         let transposed = call.int("transB", 0)? != 0;
         need!(call.int("transA", 0)? == 0, "QGemm with transA");
         let a = self.operand(call, 0, -1)?;
-        let b = self.operand(call, 3, if transposed { 0 } else { 1 })?;
+        let b = self.operand(call, 3, i64::from(!transposed))?;
         let w = b.array("the weight")?;
         need!(w.rank() == 2 && a.shape()?.len() == 2, "QGemm of other tensors than matrices");
         let w = if transposed { w.transpose(&[1, 0]) } else { w.clone() };

@@ -224,7 +224,7 @@ impl<'a> Builder<'a> {
         }
         let key = (domain(&proto.domain), proto.op_type.as_str(), proto.overload.as_str());
         if let Some(function) = self.functions.get(&key).copied() {
-            return self.call(node, key, function, context, nodes);
+            return self.call(&node, key, function, context, nodes);
         }
         if !node.domain.is_empty() && self.opsets.is_some_and(|opsets| !opsets.contains_key(&node.domain)) {
             return Err(Error::node(
@@ -234,15 +234,15 @@ impl<'a> Builder<'a> {
         }
         if let Some((op, version)) = REDEFINED.iter().find(|(op, _)| node.domain.is_empty() && *op == node.op) {
             let model = self.opsets.and_then(|opsets| opsets.get("")).copied();
-            if let (Some(model), Some(body)) = (model, context.opset) {
-                if (model < *version) != (body < *version) {
-                    return Err(Error::node(
-                        &node,
-                        format!(
-                            "{op} changed its meaning in opset {version}; the function is of opset {body}, the model of {model}"
-                        ),
-                    ));
-                }
+            if let (Some(model), Some(body)) = (model, context.opset)
+                && (model < *version) != (body < *version)
+            {
+                return Err(Error::node(
+                    &node,
+                    format!(
+                        "{op} changed its meaning in opset {version}; the function is of opset {body}, the model of {model}"
+                    ),
+                ));
             }
         }
         if node.op == "Constant" && node.domain.is_empty() {
@@ -270,18 +270,18 @@ impl<'a> Builder<'a> {
     /// Puts a function's nodes in the place of its call.
     fn call(
         &mut self,
-        call: Node,
+        call: &Node,
         key: (&'a str, &'a str, &'a str),
         function: &'a proto::FunctionProto,
         context: &Context<'a>,
         nodes: &mut Vec<Node>,
     ) -> Result<()> {
         if context.calls.contains(&key) {
-            return Err(Error::node(&call, "is a function that calls itself"));
+            return Err(Error::node(call, "is a function that calls itself"));
         }
         if call.inputs.len() > function.input.len() || call.outputs.len() > function.output.len() {
             return Err(Error::node(
-                &call,
+                call,
                 format!(
                     "gives {} inputs and takes {} outputs of a function that has {} and {}",
                     call.inputs.len(),
@@ -298,7 +298,7 @@ impl<'a> Builder<'a> {
                 None => !scope.absent.insert(name.clone()),
             };
             if bound {
-                return Err(Error::node(&call, format!("is a function with two inputs `{name}`")));
+                return Err(Error::node(call, format!("is a function with two inputs `{name}`")));
             }
         }
         let mut passed = Vec::new();
@@ -308,14 +308,14 @@ impl<'a> Builder<'a> {
                 // an input given back as it is
                 Some(&input) => passed.push((input, id)),
                 None if scope.results.insert(name.clone(), id).is_none() => {}
-                None => return Err(Error::node(&call, format!("is a function with two outputs `{name}`"))),
+                None => return Err(Error::node(call, format!("is a function with two outputs `{name}`"))),
             }
         }
         // what the call says goes before the function's own defaults
         let mut attributes: HashMap<&'a str, Attr> = HashMap::new();
         let none = Context::default();
         for default in &function.attribute_proto {
-            if let Some(attr) = self.attribute(default, &Scope::default(), &none, &call)? {
+            if let Some(attr) = self.attribute(default, &Scope::default(), &none, call)? {
                 attributes.insert(default.name.as_str(), attr);
             }
         }
@@ -340,7 +340,7 @@ impl<'a> Builder<'a> {
         };
         let body = self.nodes(&function.node, &mut scope, &inner)?;
         if let Some(name) = scope.results.keys().next() {
-            return Err(Error::node(&call, format!("is a function that does not make its output `{name}`")));
+            return Err(Error::node(call, format!("is a function that does not make its output `{name}`")));
         }
         nodes.extend(body);
         nodes.extend(passed.into_iter().map(|(from, to)| Node {

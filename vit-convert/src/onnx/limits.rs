@@ -74,8 +74,11 @@ pub fn scan(file: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The next field of a message: its number and, where it has a length, its payload.
-fn field<'a>(rest: &mut &'a [u8]) -> Result<Option<(u64, Option<&'a [u8]>)>> {
+/// A field's number and, where it has a length, its payload.
+type Field<'a> = (u64, Option<&'a [u8]>);
+
+/// The next field of a message.
+fn field<'a>(rest: &mut &'a [u8]) -> Result<Option<Field<'a>>> {
     let broken = |why: &str| Error::graph(format!("not an ONNX file, or a damaged one: {why}"));
     if rest.is_empty() {
         return Ok(None);

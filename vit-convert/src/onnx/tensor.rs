@@ -134,19 +134,19 @@ fn typed_data(tensor: &mut proto::TensorProto, dtype: DType, count: usize) -> Re
     Ok(match dtype {
         DType::F32 => {
             check(tensor.float_data.len())?;
-            little_endian(std::mem::take(&mut tensor.float_data), |v| v.to_le_bytes())
+            little_endian(std::mem::take(&mut tensor.float_data), f32::to_le_bytes)
         }
         DType::F64 => {
             check(tensor.double_data.len())?;
-            little_endian(std::mem::take(&mut tensor.double_data), |v| v.to_le_bytes())
+            little_endian(std::mem::take(&mut tensor.double_data), f64::to_le_bytes)
         }
         DType::I64 => {
             check(tensor.int64_data.len())?;
-            little_endian(std::mem::take(&mut tensor.int64_data), |v| v.to_le_bytes())
+            little_endian(std::mem::take(&mut tensor.int64_data), i64::to_le_bytes)
         }
         DType::U64 => {
             check(tensor.uint64_data.len())?;
-            little_endian(std::mem::take(&mut tensor.uint64_data), |v| v.to_le_bytes())
+            little_endian(std::mem::take(&mut tensor.uint64_data), u64::to_le_bytes)
         }
         DType::U32 => {
             check(tensor.uint64_data.len())?;
@@ -154,7 +154,7 @@ fn typed_data(tensor: &mut proto::TensorProto, dtype: DType, count: usize) -> Re
         }
         DType::I32 => {
             check(ints.len())?;
-            little_endian(ints, |v| v.to_le_bytes())
+            little_endian(ints, i32::to_le_bytes)
         }
         DType::U8 | DType::Bool | DType::U4 => {
             check(ints.len())?;
