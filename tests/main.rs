@@ -2,6 +2,7 @@
 
 mod commands;
 mod digits;
+mod evaluator;
 mod forward;
 mod library;
 mod onnx;

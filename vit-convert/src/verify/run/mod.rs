@@ -176,9 +176,14 @@ impl Runner<'_, '_> {
             let results = match node.op.as_str() {
                 "If" | "Loop" if node.domain.is_empty() => self.branch(node, scope, &fail)?,
                 _ => {
-                    let get =
-                        |id: &Option<ValueId>| id.map(|id| scope.get(id).map_err(|e| self.named(id, &e))).transpose();
-                    let inputs = node.inputs.iter().map(get).collect::<Res<Vec<_>>>().map_err(fail)?;
+                    let mut inputs = Vec::with_capacity(node.inputs.len());
+                    for id in &node.inputs {
+                        inputs.push(id.map(|id| scope.get(id).map_err(|e| fail(self.named(id, &e)))).transpose()?);
+                    }
+                    // a value used for the last time moves in, so that its buffer can be reused
+                    for id in frees.get(&i).into_iter().flatten() {
+                        live = live.saturating_sub(scope.values.remove(id).map_or(0, |v| v.bytes()));
+                    }
                     let mut call = Call { node, inputs, opset: self.graph.opset, ideal: self.ideal, work: self.work };
                     let results = call.run().map_err(fail)?;
                     self.work = call.work;
@@ -199,10 +204,9 @@ impl Runner<'_, '_> {
                     }
                 }
             }
+            // what only a body used
             for id in frees.get(&i).into_iter().flatten() {
-                if let Some(v) = scope.values.remove(id) {
-                    live = live.saturating_sub(v.bytes());
-                }
+                live = live.saturating_sub(scope.values.remove(id).map_or(0, |v| v.bytes()));
             }
             if live > MAX_LIVE_BYTES {
                 return Err(fail(format!("the values alive hold {live} bytes, over the limit of {MAX_LIVE_BYTES}")));
