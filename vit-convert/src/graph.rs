@@ -32,6 +32,9 @@ pub struct Graph {
     pub nodes: Vec<Node>,
     /// `metadata_props` of the file.
     pub metadata: BTreeMap<String, String>,
+    /// The operation that the PyTorch exporter notes at a node, such as `torch.ops.aten.gelu.default`, by the node's first
+    /// output.
+    pub records: BTreeMap<ValueId, String>,
 }
 
 impl Graph {

@@ -10,7 +10,7 @@ use crate::expr::{Head, Id, Layout};
 use crate::graph::{Attr, DType, Graph, Node, Tensor};
 use crate::recognise::{Parts, Refusal, recognise};
 use crate::spec::{Evidence, Imported, Imports, InputSpec, Module, OutputSpec, provenance};
-use crate::{Error, Result};
+use crate::{Error, Result, claims};
 
 /// A dynamic batch is a prime larger than any other size, so that no reshape can mistake it; two must agree.
 const BATCHES: [usize; 2] = [1_000_003, 1_000_033];
@@ -276,6 +276,7 @@ fn best(walk: Walk<'_>, half: bool) -> Result<Found> {
             refusals.swap_remove(named).1
         });
     };
+    contradiction(&walk, &parts)?;
     let ignored = walk.graph.outputs.iter().enumerate().filter(|(k, _)| *k != chosen).map(|(k, o)| {
         let why = refusals
             .iter()
@@ -295,6 +296,26 @@ fn best(walk: Walk<'_>, half: bool) -> Result<Found> {
     let mut approximate = walk.approximate;
     approximate.extend(parts.rounded.iter().cloned());
     Ok(Found { parts, output, ignored, evidence, modules, approximate })
+}
+
+/// Refuses an activation that the file's own record calls another.
+fn contradiction(walk: &Walk<'_>, parts: &Parts) -> Result<()> {
+    for &(act, at) in &parts.acts {
+        let Some(node) = born(walk, at) else { continue };
+        if let Some((claim, text)) = claims::claim(walk.graph, node)
+            && !claims::may_be(claim, act)
+        {
+            return Err(Error::node(
+                node,
+                format!(
+                    "computes {act:?}, but the exporter called it `{text}`: the operator was replaced after the export, and the \
+                     weights were not trained with it. Export the model again; if it really is {act:?}, rename the node and its \
+                     outputs"
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn born<'g>(walk: &Walk<'g>, e: Id) -> Option<&'g Node> {

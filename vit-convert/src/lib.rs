@@ -14,6 +14,7 @@
 
 pub mod array;
 pub mod axes;
+mod claims;
 mod error;
 pub mod eval;
 pub mod explain;

@@ -40,6 +40,8 @@ pub struct Parts {
     pub heads: Vec<Head>,
     /// Expression → the module that it belongs to.
     pub owners: HashMap<Id, String>,
+    /// The activation of every MLP, and where it is.
+    pub acts: Vec<(Activation, Id)>,
     /// What was read from where: what, and the expression.
     pub evidence: Vec<(String, Id)>,
     /// Why a tensor is not as it is stored.
@@ -73,6 +75,7 @@ struct Mlp {
     /// `fc1`, or gate and value.
     fc1: Vec<Id>,
     act: Activation,
+    act_at: Id,
     source: Id,
 }
 
@@ -221,7 +224,7 @@ impl Finder<'_> {
         match self.op(h) {
             Op::Act(act) if linear(self.arg(h)) => {
                 let fc1 = self.arg(h);
-                Some(Mlp { fc2: e, fc1: vec![fc1], act: *act, source: self.arg(fc1) })
+                Some(Mlp { fc2: e, fc1: vec![fc1], act: *act, act_at: h, source: self.arg(fc1) })
             }
             Op::Mul => {
                 let &[a, b] = self.args(h) else { return None };
@@ -231,7 +234,13 @@ impl Finder<'_> {
                         && linear(u)
                         && self.arg(self.arg(g)) == self.arg(u)
                     {
-                        return Some(Mlp { fc2: e, fc1: vec![self.arg(g), u], act: *act, source: self.arg(u) });
+                        return Some(Mlp {
+                            fc2: e,
+                            fc1: vec![self.arg(g), u],
+                            act: *act,
+                            act_at: g,
+                            source: self.arg(u),
+                        });
                     }
                 }
                 None
@@ -550,6 +559,7 @@ impl Finder<'_> {
             pixels: pixels.iter().map(|p| (p.0.0, p.1.0)).collect(),
             heads,
             owners: self.owners,
+            acts: self.acts,
             evidence: self.evidence,
             rounded: self.rounded,
         })
@@ -641,7 +651,7 @@ impl Finder<'_> {
                 return refuse(e, format!("the pooling's MLP is {} wide, {want} is expected", self.width(e)));
             }
         }
-        self.acts.push((m.mlp.act, m.mlp.fc2));
+        self.acts.push((m.mlp.act, m.mlp.act_at));
         Ok(())
     }
 
@@ -683,7 +693,7 @@ impl Finder<'_> {
             }
             self.norm(second.norm, &format!("{p}.norm2"), false)?;
             let (kind, hidden) = self.mlp_tensors(mlp, &p)?;
-            self.acts.push((mlp.act, mlp.fc2));
+            self.acts.push((mlp.act, mlp.act_at));
             if first.gamma.is_some() != second.gamma.is_some() {
                 return refuse(second.whole, format!("only one branch of block {k} has a LayerScale"));
             }
@@ -707,7 +717,7 @@ impl Finder<'_> {
             match &facts {
                 None => {
                     self.evidence.push((format!("num_heads = {}", attn.heads), attn.core));
-                    self.evidence.push((format!("act = {:?}", mlp.act), mlp.fc2));
+                    self.evidence.push((format!("act = {:?}", mlp.act), mlp.act_at));
                     facts = Some(own);
                 }
                 Some(facts) if *facts == own => {}

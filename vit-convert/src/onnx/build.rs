@@ -47,7 +47,8 @@ pub fn build(model: &proto::ModelProto, opsets: &BTreeMap<String, i64>) -> Resul
             .ok_or_else(|| Error::graph(format!("no node makes the graph's output `{}`", value.name)))?;
         outputs.push(info(id, value));
     }
-    Ok(Graph { names: builder.names, initializers, inputs, outputs, nodes: sort::sort(nodes)?, ..Graph::default() })
+    let (names, records) = (builder.names, builder.records);
+    Ok(Graph { names, initializers, inputs, outputs, nodes: sort::sort(nodes)?, records, ..Graph::default() })
 }
 
 /// A declared value.
@@ -119,6 +120,7 @@ struct Builder<'a> {
     /// How often a name was wanted.
     taken: HashMap<String, usize>,
     name_bytes: usize,
+    records: BTreeMap<ValueId, String>,
     nodes: usize,
     parts: usize,
 }
@@ -216,6 +218,10 @@ impl<'a> Builder<'a> {
             node.inputs.push(found);
         }
         node.outputs = proto.output.iter().map(|name| scope.find(name).filter(|_| !name.is_empty())).collect();
+        if let (Some(Some(first)), Some(record)) = (node.outputs.first(), record(proto)) {
+            self.name_bytes = self.name_bytes.saturating_add(record.len());
+            self.records.insert(*first, record);
+        }
         for attribute in &proto.attribute {
             let Some(attr) = self.attribute(attribute, scope, context, &node)? else { continue };
             if node.attrs.insert(attribute.name.clone(), attr).is_some() {
@@ -423,6 +429,14 @@ impl<'a> Builder<'a> {
         }
         Ok(SubGraph { inputs, outputs, initializers, nodes: sort::sort(nodes)? })
     }
+}
+
+/// The operation that the PyTorch exporter traced here: `torch.ops.aten.gelu.default`.
+fn record(proto: &proto::NodeProto) -> Option<String> {
+    let note = proto.metadata_props.iter().find(|note| note.key == "pkg.torch.onnx.fx_node")?;
+    let text = String::from_utf8_lossy(note.value.get(..note.value.len().min(500))?).into_owned();
+    let (_, rest) = text.split_once("target=")?;
+    rest.split([']', '(', ',', ' ']).next().map(str::to_owned)
 }
 
 /// The kind of an attribute: as declared, or, in old files that leave it out, by the field that is filled.

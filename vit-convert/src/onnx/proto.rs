@@ -74,6 +74,17 @@ pub struct NodeProto {
     pub domain: String,
     #[prost(string, tag = "8")]
     pub overload: String,
+    #[prost(message, repeated, tag = "9")]
+    pub metadata_props: Vec<NoteProto>,
+}
+
+/// A key and its value, as bytes: notes that nobody has to read need not be text.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct NoteProto {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub key: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub value: Bytes,
 }
 
 /// A named attribute; `type` says which field holds it.
