@@ -3,8 +3,10 @@
 mod commands;
 mod digits;
 mod evaluator;
+mod folders;
 mod forward;
 mod library;
+mod mutation;
 mod onnx;
 mod parity;
 mod predict;

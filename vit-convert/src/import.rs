@@ -32,6 +32,15 @@ const OPSETS: std::ops::RangeInclusive<i64> = 7..=26;
 ///
 /// Refuses whatever is not exactly a ViT of the family, and names the first node that does not fit.
 pub fn import(graph: &Graph) -> Result<Imported> {
+    sized(graph, None)
+}
+
+/// As [`import`], with the image size `[height, width]` where the graph leaves it open.
+///
+/// # Errors
+///
+/// As [`import`]; and a size that the graph does not take.
+pub fn sized(graph: &Graph, img_size: Option<[usize; 2]>) -> Result<Imported> {
     let [input] = &graph.inputs[..] else {
         return Err(Error::graph(match graph.inputs.len() {
             0 => "the graph has no input".into(),
@@ -68,7 +77,7 @@ pub fn import(graph: &Graph) -> Result<Imported> {
         return Err(Error::graph(format!("an input of shape {dims:?}")));
     }
     let kernel = patch_kernel(graph);
-    let (images, assumed) = images(graph, dims, kernel)?;
+    let (images, assumed) = images(graph, dims, kernel, img_size)?;
     let half = precision(graph);
     let mut budget = WORK_LIMIT;
     let mut first = None;
@@ -181,6 +190,7 @@ fn images(
     graph: &Graph,
     dims: [Option<usize>; 4],
     kernel: Option<[usize; 4]>,
+    wanted: Option<[usize; 2]>,
 ) -> Result<(Vec<[usize; 4]>, Vec<String>)> {
     let channels = kernel.map_or(3, |k| k[1]);
     let last = dims[3] == Some(channels) && dims[1] != Some(channels);
@@ -192,6 +202,12 @@ fn images(
         out[w] = width;
         out
     };
+    if let Some([height, width]) = wanted {
+        if dims[h].is_some_and(|n| n != height) || dims[w].is_some_and(|n| n != width) {
+            return Err(Error::graph(format!("--img-size {height}x{width}: the graph takes images of {dims:?} only")));
+        }
+        return Ok((vec![make(height, width)], Vec::new()));
+    }
     if let (Some(height), Some(width)) = (dims[h], dims[w]) {
         return Ok((vec![make(height, width)], Vec::new()));
     }
@@ -230,7 +246,7 @@ fn images(
     }
     out.truncate(GRID_LIMIT);
     let assumed =
-        "img_size: the file leaves it open; the squarest grid that its position table allows was taken".to_string();
+        "img_size: the file leaves it open; the squarest grid that its position table allows was taken; --img-size says another".to_string();
     Ok((out, vec![assumed]))
 }
 

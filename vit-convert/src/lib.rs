@@ -23,9 +23,13 @@ pub mod graph;
 pub mod import;
 mod map;
 pub mod onnx;
+pub mod preset;
 pub mod recognise;
+pub mod relabel;
 pub mod save;
 pub mod spec;
+pub mod timm_config;
+pub mod to_hf;
 pub mod verify;
 pub mod write;
 
@@ -46,13 +50,15 @@ pub struct Options {
     pub labels: Option<Vec<String>>,
     /// How a photograph becomes the input; the image size is the model's.
     pub preprocess: Option<PreprocessConfig>,
+    /// The image size, `[height, width]`, where the file leaves it open.
+    pub img_size: Option<[usize; 2]>,
     /// Run the graph and the model on the same inputs and compare.
     pub verify: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { labels: None, preprocess: None, verify: true }
+        Self { labels: None, preprocess: None, img_size: None, verify: true }
     }
 }
 
@@ -76,7 +82,7 @@ pub struct Converted {
 pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
     let onnx::Model { graph, bytes } = onnx::open(path)?;
     let at = |error: Error| error.at(path);
-    let imported = import(&graph).map_err(at)?;
+    let imported = import::sized(&graph, options.img_size).map_err(at)?;
     let mut info = document(&graph, &imported, options).map_err(at)?;
     let (digest, verified) = std::thread::scope(|scope| {
         let digest = scope.spawn(|| sha256(&bytes));

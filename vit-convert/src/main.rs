@@ -1,7 +1,6 @@
 //! `vit-convert IN.onnx OUT`: the library's steps on the command line.
 
 use std::{
-    ffi::OsStr,
     io::{IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,8 +10,8 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use vit_convert::{Converted, Options, convert, explain, save, write};
-use vit_model::{Dtype, PreprocessConfig};
+use vit_convert::{Converted, Options, convert, explain, preset, save, timm_config, to_hf, write};
+use vit_model::Dtype;
 
 /// Converts a Vision Transformer from ONNX to safetensors with timm's tensor names.
 ///
@@ -24,6 +23,8 @@ use vit_model::{Dtype, PreprocessConfig};
     after_help = "Examples:
   vit-convert flowers.onnx flowers.safetensors --labels class_indices.json
   vit-convert clip.onnx clip.safetensors --preprocess clip --dtype f16
+  vit-convert model.onnx folder/                   a folder that timm opens: create_model(\"local-dir:folder\")
+  vit-convert model.onnx folder/ --to hf           one that transformers opens
   vit-convert model.onnx --dry-run --report report.json
 
 Exit status: 0 converted; 2 refused or failed, and why is said on stderr; 130 interrupted."
@@ -32,9 +33,18 @@ struct Args {
     /// The model.
     #[arg(value_name = "IN.onnx")]
     input: PathBuf,
-    /// The file to write.
-    #[arg(value_name = "OUT.safetensors", required_unless_present = "dry_run")]
+    /// The file to write; or a folder (one that is there, or a name that ends in /), for model.safetensors and config.json.
+    #[arg(value_name = "OUT", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
+    /// What a folder is written for: timm's names and configuration, or transformers' (ViT, DeiT, DINOv2, CLIP, SigLIP).
+    #[arg(long, value_name = "LIBRARY")]
+    to: Option<Library>,
+    /// Replace the model that a folder holds already.
+    #[arg(long)]
+    force: bool,
+    /// The image size, where the file leaves it open: pixels, or HEIGHTxWIDTH.
+    #[arg(long, value_name = "SIZE", value_parser = img_size)]
+    img_size: Option<[usize; 2]>,
     /// Store every tensor as this type; by default each keeps the type that it has in the file.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<Type>,
@@ -66,6 +76,12 @@ enum Type {
     Bf16,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Library {
+    Timm,
+    Hf,
+}
+
 fn main() -> ExitCode {
     // a second handler cannot be installed, and without one the system's default still ends the program
     let _ = ctrlc::set_handler(|| {
@@ -82,7 +98,12 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr().lock(), "vit-convert: error: {}", printable(&format!("{error:#}")));
+            // some errors say their cause themselves
+            let text = error
+                .chain()
+                .map(ToString::to_string)
+                .reduce(|text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") });
+            let _ = writeln!(std::io::stderr().lock(), "vit-convert: error: {}", printable(&text.unwrap_or_default()));
             ExitCode::from(2)
         }
     }
@@ -91,24 +112,42 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     let options = Options {
         labels: args.labels.as_deref().map(labels).transpose()?,
-        preprocess: args.preprocess.as_deref().map(preprocess).transpose()?,
+        preprocess: args.preprocess.as_deref().map(preset::parse).transpose()?,
+        img_size: args.img_size,
         verify: !args.no_verify,
     };
+    let folder = args.output.as_deref().is_some_and(is_folder) || args.to == Some(Library::Hf);
+    if args.to.is_some() && args.output.as_deref().is_some_and(|output| !is_folder(output)) {
+        bail!("--to writes a folder: let the output end in /");
+    }
     let converted = convert(&args.input, &options)?;
     if let Some(report) = &args.report {
         let text = serde_json::to_vec_pretty(&report_of(&converted))?;
         save::file(report, &[&args.input], |mut file| file.write_all(&text).map_err(vit_convert::Error::io(report)))?;
     }
+    // a dry run says too whether the folder could be written
+    let folder = match args.to {
+        _ if !folder => None,
+        Some(Library::Hf) => Some(to_hf::folder(&converted.info, &converted.weights)?),
+        _ => Some(timm_config::folder(&converted.info, &converted.weights)?),
+    };
     if let (Some(output), false) = (&args.output, args.dry_run) {
-        write_model(args, output, &converted)?;
+        write_model(args, output, &converted, folder.as_ref())?;
     }
-    answer(args, &converted)
+    answer(args, &converted, folder.map(|folder| folder.notes).unwrap_or_default())
 }
 
-fn write_model(args: &Args, output: &Path, converted: &Converted) -> anyhow::Result<()> {
-    if output.as_os_str().as_encoded_bytes().ends_with(b"/") || output.is_dir() {
-        bail!("{}: this is a folder; name the .safetensors file to write", output.display());
-    }
+/// A name that ends in a separator, or a folder that is there.
+fn is_folder(output: &Path) -> bool {
+    output.as_os_str().as_encoded_bytes().ends_with(b"/") || output.is_dir()
+}
+
+fn write_model(
+    args: &Args,
+    output: &Path,
+    converted: &Converted,
+    folder: Option<&write::Folder>,
+) -> anyhow::Result<()> {
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     bar.set_style(
         ProgressStyle::with_template("writing {bar:30} {bytes}/{total_bytes}")
@@ -130,13 +169,16 @@ fn write_model(args: &Args, output: &Path, converted: &Converted) -> anyhow::Res
         inputs: &[&args.input],
         progress: &progress,
     };
-    write::file(output, &converted.info, converted.weights.as_ref(), &options)?;
+    match folder {
+        Some(folder) => write::folder(output, folder, args.force, &options)?,
+        None => write::file(output, &converted.info, converted.weights.as_ref(), &options)?,
+    }
     bar.finish_and_clear();
     Ok(())
 }
 
 /// What was converted, on stdout.
-fn answer(args: &Args, converted: &Converted) -> anyhow::Result<()> {
+fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Result<()> {
     let c = &converted.info.model;
     let parameters: usize = converted.weights.tensors().values().map(|t| t.shape.iter().product::<usize>()).sum();
     let mut text = format!(
@@ -155,6 +197,9 @@ fn answer(args: &Args, converted: &Converted) -> anyhow::Result<()> {
         for note in notes {
             text.push_str(&format!("{what}: {}\n", printable(note)));
         }
+    }
+    for note in notes {
+        text.push_str(&format!("note: {}\n", printable(&note)));
     }
     match &converted.verified {
         Some(v) => text.push_str(&format!(
@@ -181,57 +226,20 @@ fn report_of(converted: &Converted) -> Value {
 fn labels(path: &Path) -> anyhow::Result<Vec<String>> {
     let name = || path.display().to_string();
     let size = std::fs::metadata(path).with_context(name)?;
-    if !size.is_file() || size.len() > 16 << 20 {
+    if !size.is_file() || size.len() > vit_model::labels::MAX_LABELS_BYTES as u64 {
         bail!("{}: not a file of class names", name());
     }
-    let text = std::fs::read_to_string(path).with_context(name)?;
-    if path.extension() != Some(OsStr::new("json")) {
-        return Ok(text.lines().map(|line| line.trim_end().to_owned()).filter(|line| !line.is_empty()).collect());
-    }
-    let value: Value = serde_json::from_str(&text).with_context(name)?;
-    let value = value.get("id2label").or(value.get("label_names")).unwrap_or(&value);
-    let word = |value: &Value| value.as_str().map(str::to_owned);
-    let list: Option<Vec<String>> = match value {
-        Value::Array(list) => list.iter().map(word).collect(),
-        Value::Object(map) => (0..map.len()).map(|id| map.get(&id.to_string()).and_then(word)).collect(),
-        _ => None,
-    };
-    list.with_context(|| {
-        format!("{}: expected a list of names, or {{\"0\": \"daisy\", …}} with every class from 0", name())
-    })
+    vit_model::labels::parse(&std::fs::read(path).with_context(name)?).with_context(name)
 }
 
-/// `--preprocess`: a well-known set, or changes to timm's defaults. The image size is filled in from the model.
-fn preprocess(text: &str) -> anyhow::Result<PreprocessConfig> {
-    let base = |mean: [f64; 3], std: [f64; 3]| json!({ "input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center", "mean": mean, "std": std });
-    let half = base([0.5; 3], [0.5; 3]);
-    let mut config = match text {
-        "imagenet" => base([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        "clip" => {
-            let mut clip = base([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]);
-            clip["crop_pct"] = json!(1.0);
-            clip
-        }
-        _ => half,
-    };
-    if !matches!(text, "imagenet" | "inception" | "clip") {
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').with_context(|| {
-                format!("--preprocess {text:?}: imagenet, inception, clip, or key=value pairs such as crop_pct=0.9")
-            })?;
-            config[key] = match key {
-                "mean" | "std" => {
-                    let list: Result<Vec<f64>, _> = value.split(':').map(str::parse).collect();
-                    let list = list.with_context(|| format!("--preprocess {key}={value}: numbers are expected"))?;
-                    json!(if let [one] = list[..] { vec![one; 3] } else { list })
-                }
-                "crop_pct" => json!(value.parse::<f64>().with_context(|| format!("--preprocess {key}={value}"))?),
-                "interpolation" | "crop_mode" => json!(value),
-                _ => bail!("--preprocess {key}: known are mean, std, crop_pct, interpolation and crop_mode"),
-            };
-        }
+/// `224`, or `224x320`: height and width.
+fn img_size(text: &str) -> Result<[usize; 2], String> {
+    let side = |text: &str| text.trim().parse::<usize>().ok().filter(|n| (1..=16384).contains(n));
+    let (h, w) = text.split_once(['x', '×']).unwrap_or((text, text));
+    match (side(h), side(w)) {
+        (Some(h), Some(w)) => Ok([h, w]),
+        _ => Err("a number of pixels, or HEIGHTxWIDTH, is expected".into()),
     }
-    serde_json::from_value(config).with_context(|| format!("--preprocess {text}"))
 }
 
 /// A text as one line, bounded, with control characters escaped.

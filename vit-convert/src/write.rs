@@ -4,9 +4,10 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io::Write as _,
     path::Path,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -43,6 +44,51 @@ pub struct Options<'a> {
 /// A tensor that cannot be read, is not finite, or does not fit the type; a file that cannot be written. Then nothing is
 /// left behind, and a file that was there before is unchanged.
 pub fn file(path: &Path, info: &ModelInfo, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
+    tensors(path, Some(info), weights, options)
+}
+
+/// A model as a folder, in the form that another library opens.
+pub struct Folder {
+    /// The document that goes into `model.safetensors`; none where the tensors have other names than the document means.
+    pub info: Option<ModelInfo>,
+    /// The tensors of `model.safetensors`.
+    pub weights: Arc<dyn Weights>,
+    /// The other files.
+    pub files: Vec<(&'static str, Value)>,
+    /// What the other library will do otherwise, for the user to know.
+    pub notes: Vec<String>,
+}
+
+/// Writes a folder, which is made where it is not there: `model.safetensors`, then the files beside it.
+///
+/// # Errors
+/// As [`file`]; and a folder that holds a model already, unless `force` says to replace it.
+pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) -> Result<()> {
+    const WEIGHTS: &str = "model.safetensors";
+    if !force
+        && let Some(there) = [WEIGHTS, "config.json"].iter().find(|name| path.join(name).symlink_metadata().is_ok())
+    {
+        return Err(Error::file(path, format!("holds {there} already; --force replaces the model in it")));
+    }
+    let made = !path.exists();
+    std::fs::create_dir_all(path).map_err(Error::io(path))?;
+    let written = tensors(&path.join(WEIGHTS), folder.info.as_ref(), folder.weights.as_ref(), options).and_then(|()| {
+        folder.files.iter().try_for_each(|(name, value)| {
+            let path = path.join(name);
+            let mut text =
+                serde_json::to_string_pretty(value).map_err(|error| Error::graph(format!("{name}: {error}")))?;
+            text.push('\n');
+            save::file(&path, options.inputs, |mut file| file.write_all(text.as_bytes()).map_err(Error::io(&path)))
+        })
+    });
+    if written.is_err() && made {
+        // empty, unless a later file failed; then what is whole stays
+        let _ = std::fs::remove_dir(path);
+    }
+    written
+}
+
+fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
     let layout = Layout::new(info, weights.tensors(), options.dtype)?;
     save::file(path, options.inputs, |file| fill(path, file, &layout, weights, options))
 }
@@ -63,15 +109,20 @@ struct Layout<'a> {
 }
 
 impl<'a> Layout<'a> {
-    fn new(info: &ModelInfo, tensors: &'a BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
+    fn new(info: Option<&ModelInfo>, tensors: &'a BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
         let mut sorted: Vec<(&String, &TensorInfo, Dtype)> =
             tensors.iter().map(|(name, info)| (name, info, dtype.unwrap_or(info.dtype))).collect();
         // wide elements first: then each tensor is aligned to its elements
         sorted.sort_by_key(|(name, _, dtype)| (std::cmp::Reverse(dtype.size()), *name));
         let too_large = |name: &str| Error::tensor(name, "is larger than any memory");
-        let config = serde_json::to_string(info).map_err(|error| Error::graph(format!("configuration: {error}")))?;
+        let mut metadata = json!({ "format": "pt" });
+        if let Some(info) = info {
+            let config =
+                serde_json::to_string(info).map_err(|error| Error::graph(format!("configuration: {error}")))?;
+            metadata["config"] = json!(config);
+        }
         let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({ "format": "pt", "config": config }));
+        header.insert("__metadata__".into(), metadata);
         let mut places = Vec::with_capacity(sorted.len());
         let mut offset = 0_u64;
         for (name, info, dtype) in sorted {

@@ -14,6 +14,10 @@ fn per_head(sum: usize, free: usize) -> Roles {
 impl Walk<'_> {
     /// `softmax(scale · q kᵀ) v` over `[batch, heads, tokens, head_dim]`.
     pub(super) fn sdpa(&mut self, q: &Value, k: &Value, v: &Value, scale: f64) -> Rule<View> {
+        for operand in [q, k, v] {
+            let s = operand.shape()?;
+            need!(s.len() == 4, "attention over an operand of shape {s:?}");
+        }
         let p = self.contract(q, k, &per_head(3, 2), &per_head(3, 2))?;
         let e = self.x.scale(p.e, scale);
         let scores = View { e, dims: [p.batch, p.a, p.b].concat(), sel: None };

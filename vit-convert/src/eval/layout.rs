@@ -251,6 +251,8 @@ impl Walk<'_> {
             list.iter().map(|&s| usize::try_from(s).map_err(|_| format!("a split of {s}"))).collect::<Rule<_>>()?
         } else {
             need!(count > 0, "a split into nothing");
+            let said = call.int("num_outputs", count as i64)?;
+            need!(usize::try_from(said) == Ok(count), "num_outputs = {said}, with {count} outputs");
             let each = n.div_ceil(count);
             (0..count).map(|k| each.min(n.saturating_sub(k * each))).collect()
         };

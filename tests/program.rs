@@ -1,0 +1,107 @@
+//! The program vit-convert: what it writes where, and that the same input gives the same bytes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn fixture(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/zoo").join(case).join("model.onnx")
+}
+
+fn vit_convert() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_vit-convert"))
+}
+
+/// Exit status and stderr.
+fn run(command: &mut Command) -> (Option<i32>, String) {
+    let done = command.output().expect("the program starts");
+    (done.status.code(), String::from_utf8_lossy(&done.stderr).into_owned())
+}
+
+#[test]
+fn a_folder_is_written_for_timm_or_transformers_and_not_replaced_unasked() {
+    let onnx = fixture("timm-base-l17-dynimg");
+    let out = tempfile::tempdir().unwrap();
+    let folder = out.path().join("a/b/");
+    let convert = |output: &Path, more: &[&str]| run(vit_convert().arg(&onnx).arg(output).args(more));
+    assert_eq!(convert(&folder, &["--img-size", "32x48"]), (Some(0), String::new()));
+    let info = vit_model::load::open(&folder).unwrap().info;
+    assert_eq!(info.preprocess.input_size[1..], [32, 48]);
+    let (code, said) = convert(&folder, &[]);
+    assert!(code == Some(2) && said.contains("--force"), "{said}");
+    assert_eq!(convert(&folder, &["--force"]).0, Some(0));
+    let hf = out.path().join("hf/");
+    assert_eq!(convert(&hf, &["--to", "hf"]), (Some(0), String::new()));
+    for name in ["model.safetensors", "config.json", "preprocessor_config.json"] {
+        assert!(hf.join(name).is_file(), "{name}");
+    }
+    assert_eq!(std::fs::read_dir(&hf).unwrap().count(), 3);
+    let file = out.path().join("c.safetensors");
+    let (code, said) = convert(&file, &["--to", "hf"]);
+    assert!(code == Some(2) && said.contains("folder"), "{said}");
+    for bad in ["huge", "0", "32x", "64x64"] {
+        let (code, said) = convert(&file, &["--img-size", bad]);
+        assert!(code == Some(2) && !said.contains("panicked"), "{bad}: {said}");
+    }
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_dry_run_writes_the_report_and_nothing_else() {
+    let out = tempfile::tempdir().unwrap();
+    let (report, file) = (out.path().join("r.json"), out.path().join("m.safetensors"));
+    let mut command = vit_convert();
+    command.arg(fixture("timm-base-d18-fused")).arg(&file).arg("--dry-run").arg("--report").arg(&report);
+    assert_eq!(run(&mut command).0, Some(0));
+    assert!(!file.exists());
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    let found = &report["found"];
+    assert_eq!(found["tensors"]["blocks.0.attn.qkv.weight"]["by"], serde_json::json!(["transposed"]));
+    let evidence = found["evidence"].as_array().unwrap();
+    assert!(evidence.iter().any(|e| e["what"].as_str().unwrap().starts_with("num_heads")), "{evidence:?}");
+    assert!(found["modules"].as_array().unwrap().iter().any(|m| m["name"] == "blocks.0.attn"));
+    assert!(report["config"]["verified"]["max_rel"].as_f64().unwrap() < 1e-5);
+}
+
+#[test]
+fn without_the_proof_the_file_says_so() {
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("m.safetensors");
+    assert_eq!(run(vit_convert().arg(fixture("timm-base-d18-fused")).arg(&file).arg("--no-verify")).0, Some(0));
+    assert_eq!(vit_model::load::open(&file).unwrap().info.verified, Some(serde_json::json!(false)));
+}
+
+/// Threads, locale, time zone and the folder that it runs in must not show in the bytes.
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let cases =
+        ["timm-base-l17-script", "hf-dinov2-swiglu-l17-sdpa", "post-int8-dynamic-timm-l17", "tv-vit-l17-nofold"];
+    for case in cases {
+        let mut first: Option<Vec<Vec<u8>>> = None;
+        for (threads, locale, zone) in
+            [("1", "C", "UTC"), ("2", "tr_TR.UTF-8", "Asia/Tokyo"), ("2", "de_DE.UTF-8", "UTC")]
+        {
+            let home = tempfile::tempdir().unwrap();
+            let mut written = Vec::new();
+            for target in ["m.safetensors", "timm/", "hf/"] {
+                let to: &[&str] = if target == "hf/" { &["--to", "hf"] } else { &[] };
+                let mut command = vit_convert();
+                command.arg(std::fs::canonicalize(fixture(case)).unwrap()).arg(target).args(to);
+                command.current_dir(home.path()).args(["--threads", threads]).args(["--report", "report.json"]);
+                command.env("RAYON_NUM_THREADS", threads).env("LC_ALL", locale).env("LANG", locale).env("TZ", zone);
+                let (code, said) = run(&mut command);
+                assert!(code == Some(0) || said.contains("timm has no") || said.contains("--to hf"), "{case}: {said}");
+                written.push(std::fs::read(home.path().join("report.json")).unwrap());
+                for name in
+                    [target, "timm/model.safetensors", "timm/config.json", "hf/model.safetensors", "hf/config.json"]
+                {
+                    written.extend(std::fs::read(home.path().join(name)));
+                }
+            }
+            assert!(written.len() >= 4, "{case}");
+            match &first {
+                None => first = Some(written),
+                Some(first) => assert!(*first == written, "{case}: {threads} threads, {locale}, {zone}"),
+            }
+        }
+    }
+}
