@@ -3,6 +3,7 @@
 mod commands;
 mod digits;
 mod evaluator;
+mod exporters;
 mod folders;
 mod forward;
 mod library;

@@ -70,13 +70,15 @@ pub(super) fn plan(graph: &Graph, config: &Config, reading: &Reading, large: boo
     };
     let batches = match fixed {
         Some(0) => return Err(Error::Graph("the graph takes batches of no image".into())),
-        Some(1) => vec![1, 1],
+        Some(1) if !large => vec![1, 1],
         Some(b) => vec![b],
-        None if large => vec![2],
+        None if large => vec![1],
         None => vec![2, 1],
     };
     let mut random = Random(0x5649_545F_5253);
-    batches.into_iter().enumerate().map(|(i, batch)| one(&mut random, config, reading, input.dtype, batch, i)).collect()
+    let alone = batches == [1];
+    let run = |(i, batch)| one(&mut random, config, reading, input.dtype, batch, (i, alone));
+    batches.into_iter().enumerate().map(run).collect()
 }
 
 fn one(
@@ -85,7 +87,7 @@ fn one(
     reading: &Reading,
     dtype: Option<DType>,
     batch: usize,
-    first: usize,
+    (first, alone): (usize, bool),
 ) -> Result<Input, Error> {
     let dtype = dtype.unwrap_or(DType::F32);
     let ([h, w], c) = (config.img_size, config.in_chans);
@@ -95,11 +97,13 @@ fn one(
     let mut raw = vec![0f64; batch * c * h * w];
     let mut pixels = vec![0f32; raw.len()];
     for b in 0..batch {
-        let faint = (b + first) % 2 == 1;
+        let odd = (b + first) % 2 == 1;
         for k in 0..c {
             let ground = random.normal();
             let (scale, shift) = (of(&reading.scale, 1.0, k), of(&reading.shift, 0.0, k));
             for y in 0..h {
+                // one image alone is both, its lower half faint
+                let faint = if alone { y >= h / 2 } else { odd };
                 for x in 0..w {
                     let wanted = if faint { ground + 0.05 * random.normal() } else { random.normal() };
                     let at = if reading.nhwc { ((b * h + y) * w + x) * c + k } else { ((b * c + k) * h + y) * w + x };

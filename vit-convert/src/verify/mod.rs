@@ -32,7 +32,7 @@ const F16: f64 = 2e-3;
 /// As [`F16`], with the 8 bits of bfloat16.
 const BF16: f64 = 2e-2;
 
-/// Multiplications from which a model counts as large: then two images are tried in one run, not three in two.
+/// Multiplications from which a model counts as large: then one image is tried, not three in two runs.
 const LARGE: u64 = 4_000_000_000;
 
 /// Why a conversion is not proven.
