@@ -35,8 +35,12 @@ pub mod write;
 
 use std::{path::Path, sync::Arc};
 
+#[cfg(feature = "candle-onnx")]
+use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+#[cfg(feature = "candle-onnx")]
+use vit_model::VisionTransformer;
 use vit_model::{ModelInfo, PreprocessConfig, Weights};
 
 pub use error::{Error, Result};
@@ -54,11 +58,21 @@ pub struct Options {
     pub img_size: Option<[usize; 2]>,
     /// Run the graph and the model on the same inputs and compare.
     pub verify: bool,
+    /// Ask candle-onnx too.
+    #[cfg(feature = "candle-onnx")]
+    pub candle: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { labels: None, preprocess: None, img_size: None, verify: true }
+        Self {
+            labels: None,
+            preprocess: None,
+            img_size: None,
+            verify: true,
+            #[cfg(feature = "candle-onnx")]
+            candle: false,
+        }
     }
 }
 
@@ -90,6 +104,16 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
         (digest.join().ok(), verified)
     });
     let verified = verified.map_err(at)?;
+    #[cfg(feature = "candle-onnx")]
+    if options.candle {
+        let model =
+            VisionTransformer::from_weights(&imported.config, imported.weights.as_ref(), DType::F32, &Device::Cpu)
+                .map_err(|error| at(error.into()))?;
+        let far =
+            verify::second::opinion(&graph, &bytes, &model, &reading(&imported)).map_err(|error| at(error.into()))?;
+        info.source
+            .insert("candle_onnx".into(), json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }));
+    }
     info.source.insert("sha256".into(), digest.into());
     info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
     Ok(Converted { info, weights: imported.weights.clone(), imported, verified })
@@ -125,8 +149,11 @@ fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Res
 
 /// Runs both and compares.
 fn prove(graph: &graph::Graph, imported: &Imported) -> Result<verify::Verified> {
-    let reading = verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() };
-    verify::verify(graph, &imported.config, imported.weights.as_ref(), &reading).map_err(Error::from)
+    verify::verify(graph, &imported.config, imported.weights.as_ref(), &reading(imported)).map_err(Error::from)
+}
+
+fn reading(imported: &Imported) -> verify::Reading {
+    verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() }
 }
 
 fn sha256(bytes: &[u8]) -> String {

@@ -61,6 +61,9 @@ struct Args {
     /// Do not run the graph and the model to compare them; the written file says so.
     #[arg(long)]
     no_verify: bool,
+    /// A second opinion beside the converter's own evaluator: candle-onnx, in a build with the feature candle-onnx.
+    #[arg(long, value_name = "EVALUATOR", conflicts_with = "no_verify")]
+    verify_with: Option<Evaluator>,
     /// Everything but writing the model.
     #[arg(long)]
     dry_run: bool,
@@ -74,6 +77,11 @@ enum Type {
     F32,
     F16,
     Bf16,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Evaluator {
+    Candle,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -115,7 +123,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
         preprocess: args.preprocess.as_deref().map(preset::parse).transpose()?,
         img_size: args.img_size,
         verify: !args.no_verify,
+        #[cfg(feature = "candle-onnx")]
+        candle: args.verify_with.is_some(),
     };
+    if args.verify_with.is_some() && cfg!(not(feature = "candle-onnx")) {
+        bail!("--verify-with candle: this program was built without it; build with --features candle-onnx");
+    }
     let folder = args.output.as_deref().is_some_and(is_folder) || args.to == Some(Library::Hf);
     if args.to.is_some() && args.output.as_deref().is_some_and(|output| !is_folder(output)) {
         bail!("--to writes a folder: let the output end in /");
@@ -207,6 +220,9 @@ fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Res
             v.inputs, v.max_abs, v.max_rel, v.evaluator
         )),
         None => text.push_str("not verified\n"),
+    }
+    if let Some(far) = converted.info.source.get("candle_onnx").and_then(|found| found.get("max_rel")) {
+        text.push_str(&format!("candle-onnx agrees: largest difference {far} relative\n"));
     }
     if let (Some(output), false) = (&args.output, args.dry_run) {
         text.push_str(&format!("written: {}\n", printable(&output.display().to_string())));

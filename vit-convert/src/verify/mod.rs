@@ -9,6 +9,8 @@ mod answers;
 mod blocks;
 mod inputs;
 pub mod run;
+#[cfg(feature = "candle-onnx")]
+pub mod second;
 
 use std::collections::BTreeMap;
 
