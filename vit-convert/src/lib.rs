@@ -109,10 +109,13 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
         let model =
             VisionTransformer::from_weights(&imported.config, imported.weights.as_ref(), DType::F32, &Device::Cpu)
                 .map_err(|error| at(error.into()))?;
-        let far =
+        let opinion =
             verify::second::opinion(&graph, &bytes, &model, &reading(&imported)).map_err(|error| at(error.into()))?;
-        info.source
-            .insert("candle_onnx".into(), json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }));
+        let said = match opinion {
+            Ok(far) => json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }),
+            Err(why) => json!({ "not_run": why }),
+        };
+        info.source.insert("candle_onnx".into(), said);
     }
     info.source.insert("sha256".into(), digest.into());
     info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));

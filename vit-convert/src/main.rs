@@ -221,8 +221,11 @@ fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Res
         )),
         None => text.push_str("not verified\n"),
     }
-    if let Some(far) = converted.info.source.get("candle_onnx").and_then(|found| found.get("max_rel")) {
-        text.push_str(&format!("candle-onnx agrees: largest difference {far} relative\n"));
+    if let Some(said) = converted.info.source.get("candle_onnx") {
+        text.push_str(&match said.get("max_rel") {
+            Some(far) => format!("candle-onnx agrees: largest difference {far} relative\n"),
+            None => format!("candle-onnx has no opinion: {}\n", printable(&said["not_run"].to_string())),
+        });
     }
     if let (Some(output), false) = (&args.output, args.dry_run) {
         text.push_str(&format!("written: {}\n", printable(&output.display().to_string())));
