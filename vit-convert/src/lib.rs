@@ -124,7 +124,8 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
 
 /// The document: what was recovered, and what the user adds.
 fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Result<ModelInfo> {
-    if imported.preprocess_known {
+    // over floats it has been taken into the weights, and the pixels stay as the graph wants them
+    if imported.preprocess_known && imported.input.bytes {
         return Err(Error::graph(
             "the graph normalises its input itself (mean and standard deviation, or bytes): export the model without its \
              preprocessing, and say what it is with --preprocess",
@@ -134,6 +135,10 @@ fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Res
     let mut preprocess = options.preprocess.clone().unwrap_or_else(|| imported.preprocess.clone());
     let [h, w] = model.img_size;
     preprocess.input_size = [model.in_chans, h, w];
+    if imported.preprocess_known {
+        preprocess.mean.clone_from(&imported.preprocess.mean);
+        preprocess.std.clone_from(&imported.preprocess.std);
+    }
     let mut source: std::collections::BTreeMap<String, Value> =
         [("producer".into(), json!(graph.producer)), ("opset".into(), json!(graph.opset))].into();
     if !imported.output.activation.is_empty() {
