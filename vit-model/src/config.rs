@@ -204,9 +204,14 @@ pub struct PreprocessConfig {
     /// A resize that `crop_pct` cannot express (Hugging Face's `size`); it takes the place of `crop_mode` and `crop_pct`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub resize: Option<Resize>,
-    /// The crop's offset is rounded down, as Hugging Face's processors do, not half to even as torchvision does.
+    /// The arithmetic of Hugging Face's processors: torchvision's 8-bit resize, the crop's offset rounded down. Absent:
+    /// timm's, which is Pillow's resize and an offset rounded half to even.
     #[serde(default, skip_serializing_if = "is_default")]
-    pub crop_floor: bool,
+    pub torchvision: bool,
+    /// The one transparent colour that a palette or grey file may have becomes white (`do_convert_rgb` does so). Absent:
+    /// it is dropped like all transparency.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub white_key: bool,
 }
 
 /// The size that a picture is resized to before the crop, in pixels (the forms of Hugging Face's `size`).
@@ -237,7 +242,8 @@ impl PreprocessConfig {
             mean: vec![0.5; config.in_chans],
             std: vec![0.5; config.in_chans],
             resize: None,
-            crop_floor: false,
+            torchvision: false,
+            white_key: false,
         }
     }
 }

@@ -40,6 +40,7 @@ pub struct Image {
     width: u32,
     height: u32,
     pixels: Vec<u8>, // [H, W, 3]
+    transparent: Option<[u8; 3]>,
 }
 
 impl Image {
@@ -76,7 +77,7 @@ impl Image {
         if samples != Some(pixels.len()) {
             return Err(Error::Image(format!("{} bytes are not {width}×{height} pixels of RGB", pixels.len())));
         }
-        Ok(Self { width, height, pixels })
+        Ok(Self { width, height, pixels, transparent: None })
     }
 
     /// Columns.
@@ -92,6 +93,11 @@ impl Image {
     /// The samples, `[H, W, 3]`.
     pub fn pixels(&self) -> &[u8] {
         &self.pixels
+    }
+
+    /// The one colour that a PNG or GIF without an alpha channel declares as transparent.
+    pub fn transparent(&self) -> Option<[u8; 3]> {
+        self.transparent
     }
 
     /// The luma of every pixel, `[H, W]`, as Pillow's `convert("L")` (ITU-R 601) computes it.
@@ -147,10 +153,54 @@ fn decode<R: BufRead + Seek>(mut input: R, len: u64, exif: bool) -> Result<Image
         return decode_jpeg(&bytes, exif).map_err(|why| format!("JPEG: {why}"));
     }
     let unknown = not_an_image(head);
+    let key = if head.starts_with(&PNG) { png_key(&mut input) } else { None };
+    input.rewind().map_err(|e| e.to_string())?;
     let reader = ImageReader::new(input).with_guessed_format().map_err(|e| e.to_string())?;
     let Some(format) = reader.format() else { return Err(unknown) };
-    decode_other(reader, format, exif)
+    decode_other(reader, format, key, exif)
         .map_err(|why| format!("{}: {why}", format.extensions_str().first().unwrap_or(&"image").to_uppercase()))
+}
+
+const PNG: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
+
+/// The one transparent colour of a PNG: of a palette's single clear entry, or of 8-bit grey or RGB.
+fn png_key<R: BufRead + Seek>(input: &mut R) -> Option<[u8; 3]> {
+    let mut palette = Vec::new();
+    let (mut depth, mut kind) = (0, 0);
+    input.seek_relative(8).ok()?;
+    loop {
+        let mut head = [0; 8];
+        input.read_exact(&mut head).ok()?;
+        let [a, b, c, d, name @ ..] = head;
+        let len = u32::from_be_bytes([a, b, c, d]);
+        let mut body = Vec::new();
+        match &name {
+            b"IDAT" | b"IEND" => return None,
+            b"IHDR" | b"PLTE" | b"tRNS" if len <= 768 => {
+                input.by_ref().take(len.into()).read_to_end(&mut body).ok()?;
+            }
+            _ => input.seek_relative(len.into()).ok()?,
+        }
+        input.seek_relative(4).ok()?; // the checksum
+        match (&name, body.as_slice()) {
+            (b"IHDR", [_, _, _, _, _, _, _, _, bits, colour, ..]) => (depth, kind) = (*bits, *colour),
+            (b"PLTE", _) => palette = body,
+            (b"tRNS", alpha) => {
+                return match (kind, depth, alpha) {
+                    (3, _, _) => {
+                        let clear = alpha.iter().position(|a| *a == 0)?;
+                        let others_opaque = alpha.iter().enumerate().all(|(i, a)| i == clear || *a == 255);
+                        let mut colours = palette.chunks_exact(3);
+                        colours.nth(clear).filter(|_| others_opaque)?.try_into().ok()
+                    }
+                    (0, 8, [_, v]) => Some([*v; 3]),
+                    (2, 8, [_, r, _, g, _, b]) => Some([*r, *g, *b]),
+                    _ => None,
+                };
+            }
+            _ => {}
+        }
+    }
 }
 
 /// What a file that is no image looks like.
@@ -189,7 +239,7 @@ fn decode_jpeg(bytes: &[u8], exif: bool) -> Result<Image, String> {
     decoder.decode_into(pixels.get_mut(..samples).unwrap_or_default()).map_err(|e| e.to_string())?;
     let orientation = decoder.exif().and_then(|chunk| Orientation::from_exif_chunk(chunk));
     to_rgb8(&mut pixels, width, height, if grey { ColorType::L8 } else { ColorType::Rgb8 })?;
-    let image = Image { width, height, pixels };
+    let image = Image { width, height, pixels, transparent: None };
     if exif { orient(image, orientation.unwrap_or(Orientation::NoTransforms)) } else { Ok(image) }
 }
 
@@ -233,6 +283,7 @@ fn jpeg_layout(bytes: &[u8]) -> Result<JpegLayout, String> {
 fn decode_other<R: BufRead + Seek>(
     mut reader: ImageReader<R>,
     format: ImageFormat,
+    key: Option<[u8; 3]>,
     exif: bool,
 ) -> Result<Image, String> {
     let mut limits = Limits::no_limits();
@@ -251,8 +302,14 @@ fn decode_other<R: BufRead + Seek>(
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut pixels = buffer(width, height, samples)?;
     decoder.read_image(pixels.get_mut(..samples).unwrap_or_default()).map_err(describe)?;
+    // a GIF has one transparent colour at most, and its pixels are those with no alpha
+    let clear = |p: &[u8]| if let &[r, g, b, 0] = p { Some([r, g, b]) } else { None };
+    let transparent = match format {
+        ImageFormat::Gif => pixels.chunks_exact(4).find_map(clear),
+        _ => key,
+    };
     to_rgb8(&mut pixels, width, height, kind)?;
-    let image = Image { width, height, pixels };
+    let image = Image { width, height, pixels, transparent };
     if exif { orient(image, orientation) } else { Ok(image) }
 }
 
@@ -372,7 +429,12 @@ fn orient(mut image: Image, orientation: Orientation) -> Result<Image, String> {
                     pixel.copy_from_slice(&image.pixels[source * row + column..][..3]);
                 }
             }
-            return Ok(Image { width: image.height, height: image.width, pixels: upright });
+            return Ok(Image {
+                width: image.height,
+                height: image.width,
+                pixels: upright,
+                transparent: image.transparent,
+            });
         }
     }
     Ok(image)

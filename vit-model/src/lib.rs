@@ -41,6 +41,8 @@ pub mod predictor;
 #[cfg(feature = "image")]
 pub mod preprocess;
 mod preprocess_config;
+#[cfg(feature = "image")]
+mod resample;
 pub mod safetensors;
 pub mod tap;
 mod timm;

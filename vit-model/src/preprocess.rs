@@ -1,5 +1,6 @@
 //! Picture → tensor exactly as the checkpoint's own processor does it: resize, centre crop, normalise.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use fast_image_resize::images::{Image as Plane, ImageRef};
@@ -8,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::image::{Image, MAX_PIXELS};
 use crate::preprocess_config::scaled;
+use crate::resample::{Filter, resample};
 use crate::{Error, PreprocessConfig, Resize, Result};
 
 /// Largest side of a picture before and after a resize: the filter's weights take tens of bytes per pixel of a side.
@@ -18,17 +20,19 @@ const STRIP_BYTES: usize = 16 << 20;
 
 /// A `PreprocessConfig` made ready: what does not depend on the picture is computed once.
 ///
-/// Resampling is that of torchvision's `antialias=True` on 8-bit pictures to the bit, and within 1 of Pillow's: two
-/// passes, width before height, rounded to 8 bits in between.
+/// Resampling is, to the bit, Pillow's for a timm checkpoint, and torchvision's 8-bit `antialias=True` for one of Hugging
+/// Face. Both make two passes, width before height, and round to 8 bits in between; Pillow's weights have 22 bits,
+/// torchvision's 15 or fewer, so that they are up to 2 apart.
 #[derive(Clone, Debug)]
 pub struct Preprocess {
     size: [usize; 2],
     channels: usize,
     target: Target,
     /// `None`: the nearest pixel.
-    filter: Option<FilterType>,
+    filter: Option<Filter>,
+    torchvision: bool,
     crop: bool,
-    crop_floor: bool,
+    white_key: bool,
     /// The colour around a picture that is smaller than the crop.
     fill: [u8; 3],
     /// Per channel: 8-bit sample → value of the tensor.
@@ -87,7 +91,8 @@ impl Preprocess {
             target,
             filter: filter(&config.interpolation),
             crop: config.crop_mode != "none",
-            crop_floor: config.crop_floor,
+            torchvision: config.torchvision,
+            white_key: config.white_key,
             fill,
             tables: mean.iter().zip(&std).map(table).collect(),
         })
@@ -126,13 +131,14 @@ impl Preprocess {
 
     /// The 8-bit samples that the tensor is made of, `[H, W, C]`.
     pub fn resize_and_crop(&self, image: &Image) -> Result<Vec<u8>> {
-        let luma;
-        let source = match self.channels {
-            1 => {
-                luma = image.to_luma();
-                luma.as_slice()
+        let keyed = image.transparent().filter(|_| self.white_key);
+        let source: Cow<'_, [u8]> = match (keyed, self.channels) {
+            (Some(key), 3) => {
+                let white = |p: &[u8]| if p == key { [255; 3] } else { [p[0], p[1], p[2]] };
+                image.pixels().chunks_exact(3).flat_map(white).collect()
             }
-            _ => image.pixels(),
+            (_, 1) => image.to_luma().into(),
+            _ => image.pixels().into(),
         };
         let (w, h) = (image.width() as usize, image.height() as usize);
         let [new_h, new_w] = self.target.of(h, w)?;
@@ -143,30 +149,43 @@ impl Preprocess {
                  model's {out_w}×{out_h}"
             )));
         }
-        let rows = Span::new(new_h, out_h, self.crop_floor);
-        let columns = Span::new(new_w, out_w, self.crop_floor);
+        let rows = Span::new(new_h, out_h, self.torchvision);
+        let columns = Span::new(new_w, out_w, self.torchvision);
 
         let mut out = vec![0; out_h * out_w * self.channels];
         if rows.pad + columns.pad > 0 || rows.len < out_h || columns.len < out_w {
             out.chunks_exact_mut(self.channels).for_each(|pixel| pixel.copy_from_slice(&self.fill[..self.channels]));
         }
-        let job = Job { source, h, w, new_h, new_w, rows, columns, channels: self.channels, out_w };
+        let job = Job { source: &source, h, w, new_h, new_w, rows, columns, channels: self.channels, out_w };
         match self.filter {
             None => job.nearest(&mut out),
-            Some(filter) => job.convolve(filter, &mut out)?,
+            Some(filter) => match torchvision_filter(filter).filter(|_| self.torchvision) {
+                Some(filter) => job.torchvision(filter, &mut out)?,
+                None => job.pillow(filter, &mut out),
+            },
         }
         Ok(out)
     }
 }
 
-fn filter(name: &str) -> Option<FilterType> {
+fn filter(name: &str) -> Option<Filter> {
     match name {
-        "bilinear" => Some(FilterType::Bilinear),
-        "lanczos" => Some(FilterType::Lanczos3),
-        "box" => Some(FilterType::Box),
-        "hamming" => Some(FilterType::Hamming),
+        "bilinear" => Some(Filter::Bilinear),
+        "lanczos" => Some(Filter::Lanczos),
+        "box" => Some(Filter::Box),
+        "hamming" => Some(Filter::Hamming),
         "nearest" => None,
-        _ => Some(FilterType::CatmullRom),
+        _ => Some(Filter::Bicubic),
+    }
+}
+
+/// The filters that torchvision has itself; for the others its pictures go through Pillow.
+fn torchvision_filter(filter: Filter) -> Option<FilterType> {
+    match filter {
+        Filter::Bilinear => Some(FilterType::Bilinear),
+        Filter::Bicubic => Some(FilterType::CatmullRom),
+        Filter::Lanczos => Some(FilterType::Lanczos3),
+        Filter::Box | Filter::Hamming => None,
     }
 }
 
@@ -286,8 +305,22 @@ impl Job<'_> {
         }
     }
 
+    fn pillow(&self, filter: Filter, out: &mut [u8]) {
+        let [rows, columns] = [self.rows, self.columns].map(|span| span.start..span.start + span.len);
+        let (old, new) = ([self.h, self.w], [self.new_h, self.new_w]);
+        let kept = match self.channels {
+            1 => resample::<1>(self.source, old, new, rows, columns, filter),
+            _ => resample::<3>(self.source, old, new, rows, columns, filter),
+        };
+        let line = self.columns.len * self.channels;
+        for (y, row) in kept.chunks_exact(line).enumerate() {
+            let to = self.at(y, 0);
+            out[to..to + line].copy_from_slice(row);
+        }
+    }
+
     /// Width first, then height of the columns that are kept; each by itself, since both in one call round otherwise.
-    fn convolve(&self, filter: FilterType, out: &mut [u8]) -> Result<()> {
+    fn torchvision(&self, filter: FilterType, out: &mut [u8]) -> Result<()> {
         let kind = if self.channels == 1 { PixelType::U8 } else { PixelType::U8x3 };
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
         let fail = |e: &dyn std::fmt::Display| Error::Image(format!("resize: {e}"));

@@ -48,7 +48,8 @@ impl PreprocessConfig {
             mean: per_channel(cfg.numbers("mean")?.unwrap_or(IMAGENET.0.into()), model.in_chans),
             std: per_channel(cfg.numbers("std")?.unwrap_or(IMAGENET.1.into()), model.in_chans),
             resize: None,
-            crop_floor: false,
+            torchvision: false,
+            white_key: false,
         };
         config.validate()?;
         Ok(config)
@@ -60,7 +61,8 @@ impl PreprocessConfig {
     /// older files; else the usual class of `model_type`, from the model's `config.json`), an absent `size` is the
     /// model's. An empty object therefore gives what the class does for this model.
     ///
-    /// Alpha is dropped, where newer processors of `transformers` blend it onto white.
+    /// Alpha is dropped, where newer processors of `transformers` blend it onto white; but a file's one transparent
+    /// colour becomes white where the processor converts to RGB, as it does there.
     pub fn from_hf(processor: &Value, model_type: &str, model: &Config) -> Result<Self> {
         let cfg = Object::new("preprocessor_config", processor)?;
         if let Some(timm) = processor.get("pretrained_cfg").filter(|c| c.is_object()) {
@@ -163,7 +165,8 @@ impl PreprocessConfig {
             mean: per_channel(mean, channels),
             std: per_channel(std, channels),
             resize: (!squash).then_some(size),
-            crop_floor: !squash,
+            torchvision: true,
+            white_key: cfg.flag("do_convert_rgb")?.unwrap_or(class.convert),
         };
         config.validate()?;
         Ok(config)
@@ -260,22 +263,34 @@ struct Class {
     crop: bool,
     /// The default `size`, where it is not the model's image size.
     size: Option<usize>,
+    /// `do_convert_rgb`
+    convert: bool,
     /// `size` below 384 is enlarged by `crop_pct` and cropped back.
     convnext: bool,
 }
 
 impl Class {
     fn named(name: &str) -> Result<Self> {
-        let base = Self { filter: "bicubic", norm: IMAGENET, square: true, crop: false, size: None, convnext: false };
+        let base = Self {
+            filter: "bicubic",
+            norm: IMAGENET,
+            square: true,
+            crop: false,
+            size: None,
+            convert: false,
+            convnext: false,
+        };
         let short = name.trim_end_matches("Pil").trim_end_matches("Fast");
         let short = short.trim_end_matches("ImageProcessor").trim_end_matches("FeatureExtractor");
         Ok(match short {
             "ViT" => Self { filter: "bilinear", norm: INCEPTION, ..base },
             "DeiT" => Self { norm: INCEPTION, crop: true, size: Some(256), ..base },
-            "CLIP" | "Bit" | "ChineseCLIP" | "ViTHybrid" => Self { norm: CLIP, square: false, crop: true, ..base },
-            "Siglip" => Self { norm: INCEPTION, square: false, ..base },
+            "CLIP" | "Bit" | "ChineseCLIP" | "ViTHybrid" => {
+                Self { norm: CLIP, square: false, crop: true, convert: true, ..base }
+            }
+            "Siglip" => Self { norm: INCEPTION, square: false, convert: true, ..base },
             "Beit" => Self { norm: INCEPTION, ..base },
-            "Blip" => Self { norm: CLIP, ..base },
+            "Blip" => Self { norm: CLIP, convert: true, ..base },
             "ConvNext" => Self { filter: "bilinear", square: false, size: Some(384), convnext: true, ..base },
             other => {
                 return Err(Error::Unsupported(format!(
@@ -301,6 +316,7 @@ impl Class {
             square: true,
             crop: false,
             size: None,
+            convert: false,
             convnext: false,
         })
     }

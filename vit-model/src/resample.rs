@@ -1,0 +1,149 @@
+//! Pillow's resampling of 8-bit pictures to the bit, of which only a window is computed.
+
+use std::ops::Range;
+
+/// A filter: its values at a distance in source pixels, zero from `support` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filter {
+    Box,
+    Bilinear,
+    Hamming,
+    Bicubic,
+    Lanczos,
+}
+
+impl Filter {
+    fn support(self) -> f64 {
+        match self {
+            Self::Box => 0.5,
+            Self::Bilinear | Self::Hamming => 1.0,
+            Self::Bicubic => 2.0,
+            Self::Lanczos => 3.0,
+        }
+    }
+
+    fn at(self, x: f64) -> f64 {
+        let sinc = |x: f64| if x == 0.0 { 1.0 } else { (x * std::f64::consts::PI).sin() / (x * std::f64::consts::PI) };
+        match self {
+            Self::Box => f64::from(x > -0.5 && x <= 0.5),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
+            Self::Hamming if x == 0.0 => 1.0,
+            Self::Hamming if x.abs() >= 1.0 => 0.0,
+            Self::Hamming => {
+                let x = x.abs() * std::f64::consts::PI;
+                x.sin() / x * (0.54 + 0.46 * x.cos())
+            }
+            Self::Bicubic => {
+                let (x, a) = (x.abs(), -0.5); // Catmull and Rom's
+                if x < 1.0 {
+                    ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+                } else if x < 2.0 {
+                    (((x - 5.0) * x + 8.0) * x - 4.0) * a
+                } else {
+                    0.0
+                }
+            }
+            Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
+            Self::Lanczos => 0.0,
+        }
+    }
+}
+
+/// Bits after the point of a weight: what 32 bits leave beside 8 of the sample and 2 of overshoot.
+const BITS: u32 = 22;
+
+/// The weights of some output samples of a row or column: the samples from `start` on count, `weights` each.
+struct Taps {
+    spans: Vec<(usize, Range<usize>)>, // first source sample, its and the following weights
+    weights: Vec<i32>,
+}
+
+impl Taps {
+    fn new(filter: Filter, old: usize, new: usize, window: Range<usize>) -> Self {
+        let scale = old as f64 / new as f64;
+        let stretch = scale.max(1.0);
+        let support = filter.support() * stretch;
+        let mut taps = Self { spans: Vec::with_capacity(window.len()), weights: Vec::new() };
+        let mut row = Vec::new();
+        for i in window {
+            let centre = (i as f64 + 0.5) * scale;
+            // a cast to usize takes the negative to 0
+            let first = (centre - support + 0.5) as usize;
+            let end = ((centre + support + 0.5) as usize).min(old);
+            row.clear();
+            row.extend((first..end).map(|x| filter.at((x as f64 - centre + 0.5) * (1.0 / stretch))));
+            let sum: f64 = row.iter().sum();
+            let begin = taps.weights.len();
+            taps.weights.extend(row.iter().map(|w| {
+                let weight = if sum == 0.0 { *w } else { w / sum };
+                (weight * f64::from(1 << BITS)).round() as i32
+            }));
+            taps.spans.push((first, begin..taps.weights.len()));
+        }
+        taps
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (usize, &[i32])> {
+        self.spans.iter().map(|(first, range)| (*first, &self.weights[range.clone()]))
+    }
+
+    /// The source samples that any of the output samples reads.
+    fn reads(&self) -> Range<usize> {
+        let first = self.spans.iter().map(|s| s.0).min().unwrap_or(0);
+        let end = self.spans.iter().map(|s| s.0 + s.1.len()).max().unwrap_or(0);
+        first..end
+    }
+}
+
+/// A picture `[h, w, C]`, resized to `[new_h, new_w, C]`, of which `rows` and `columns` are returned.
+///
+/// Width comes before height, with 8 bits in between; a side whose length stays is not touched.
+pub(crate) fn resample<const C: usize>(
+    source: &[u8],
+    [h, w]: [usize; 2],
+    [new_h, new_w]: [usize; 2],
+    rows: Range<usize>,
+    columns: Range<usize>,
+    filter: Filter,
+) -> Vec<u8> {
+    let vertical = (new_h != h).then(|| Taps::new(filter, h, new_h, rows.clone()));
+    let read = vertical.as_ref().map_or(rows.clone(), Taps::reads);
+    let line = columns.len() * C;
+
+    let mut wide = vec![0; read.len() * line]; // [read, columns, C]
+    let horizontal = (new_w != w).then(|| Taps::new(filter, w, new_w, columns.clone()));
+    for (out, row) in wide.chunks_exact_mut(line).zip(source.chunks_exact(w * C).skip(read.start)) {
+        match &horizontal {
+            None => out.copy_from_slice(&row[columns.start * C..columns.end * C]),
+            Some(taps) => {
+                for (pixel, (first, weights)) in out.chunks_exact_mut(C).zip(taps.iter()) {
+                    let mut sums = [1 << (BITS - 1); C];
+                    for (samples, weight) in row[first * C..].chunks_exact(C).zip(weights) {
+                        for (sum, sample) in sums.iter_mut().zip(samples) {
+                            *sum += i32::from(*sample) * weight;
+                        }
+                    }
+                    for (sample, sum) in pixel.iter_mut().zip(sums) {
+                        *sample = (sum >> BITS).clamp(0, 255) as u8;
+                    }
+                }
+            }
+        }
+    }
+
+    let Some(vertical) = vertical else { return wide };
+    let mut tall = vec![0; rows.len() * line]; // [rows, columns, C]
+    let mut sums = vec![0; line];
+    for (out, (first, weights)) in tall.chunks_exact_mut(line).zip(vertical.iter()) {
+        sums.fill(1 << (BITS - 1));
+        for (row, weight) in wide.chunks_exact(line).skip(first - read.start).zip(weights) {
+            for (sum, sample) in sums.iter_mut().zip(row) {
+                *sum += i32::from(*sample) * weight;
+            }
+        }
+        for (sample, sum) in out.iter_mut().zip(&sums) {
+            *sample = (sum >> BITS).clamp(0, 255) as u8;
+        }
+    }
+    tall
+}

@@ -1,0 +1,83 @@
+//! Every pixel against Pillow's and torchvision's, over `tests/fixtures/preprocess` (or the folder in `VIT_PREPROCESS_PACK`).
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use vit_model::image::Image;
+use vit_model::preprocess::Preprocess;
+use vit_model::{Config, PreprocessConfig};
+
+fn json(path: &Path) -> Option<Value> {
+    Some(serde_json::from_slice(&std::fs::read(path).ok()?).unwrap())
+}
+
+fn model(img_size: [usize; 2], in_chans: usize) -> Config {
+    let mut config: Config = serde_json::from_value(serde_json::json!({
+        "img_size": img_size, "patch_size": [4, 4], "in_chans": in_chans, "num_classes": 5, "embed_dim": 24, "depth": 2,
+        "num_heads": 3, "mlp_hidden": 40, "mlp": "mlp", "act": "gelu", "ln_eps": 1e-6, "patch_bias": true,
+        "qkv_bias": true, "proj_bias": true, "qk_norm": false, "class_token": true, "dist_token": false,
+        "reg_tokens": 0, "no_embed_class": false, "pos_embed": true, "pre_norm": false, "final_norm": true,
+        "fc_norm": false, "layer_scale": false, "global_pool": "token", "pre_logits": null, "head_bias": true
+    }))
+    .unwrap();
+    config.img_size = img_size;
+    config
+}
+
+/// A folder of the pack: `index.json` lists images and configs, each config has its references in `expect.safetensors`:
+/// `<image>.pil` and `.tv` as 8-bit `[C, H, W]`, `.float_pil` and `.float_tv` as the tensors.
+#[test]
+fn equals_pillow_and_torchvision() {
+    let root = std::env::var_os("VIT_PREPROCESS_PACK").map(PathBuf::from);
+    let root = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/preprocess"));
+    let index = json(&root.join("index.json")).unwrap();
+    let (mut compared, mut wrong) = (0, vec![]);
+    for (name, entry) in index["configs"].as_object().unwrap() {
+        let folder = root.join("configs").join(name);
+        let side = |i: usize| usize::try_from(entry["size"][i].as_u64().unwrap()).unwrap();
+        let size = [side(0), side(1)];
+        let channels = entry["mean"].as_array().unwrap().len();
+        let model = model(size, channels);
+        let config = json(&folder.join("config.json")).unwrap();
+        let config = match json(&folder.join("preprocessor_config.json")) {
+            Some(hf) => PreprocessConfig::from_hf(&hf, config["model_type"].as_str().unwrap(), &model).unwrap(),
+            None => PreprocessConfig::from_timm(&config, &model).unwrap(),
+        };
+        let preprocess = Preprocess::new(&config).unwrap();
+        let expected = std::fs::read(folder.join("expect.safetensors")).unwrap();
+        let expected = safetensors::SafeTensors::deserialize(&expected).unwrap();
+        for (image, file) in index["images"].as_object().unwrap() {
+            if !index["raises"][name][image].is_null() {
+                continue; // the reference itself gives up
+            }
+            let picture = Image::open(&root.join(file["file"].as_str().unwrap()), true).unwrap();
+            let pixels = preprocess.resize_and_crop(&picture).unwrap(); // [H, W, C]
+            let plane = size[0] * size[1];
+            // torchvision's 8-bit antialias to the bit; Pillow keeps more bits of its weights, hence 1
+            let mut notes = vec![];
+            for (path, limit) in [("tv", 0), ("pil", 1), ("alt", 1)] {
+                let Ok(reference) = expected.tensor(&format!("{image}.{path}")) else { continue };
+                let differ = reference.data().iter().enumerate();
+                let most = differ.map(|(i, v)| v.abs_diff(pixels[(i % plane) * channels + i / plane])).max().unwrap();
+                notes.push((path, most, most <= limit));
+            }
+            compared += 1;
+            if !notes.iter().any(|n| n.2) {
+                wrong.push(format!("{name}/{image}: {notes:?}"));
+                continue;
+            }
+            // where the pixels are equal the tensor is torch's: 2 ulp of 3, since the processors fuse their factors
+            let tensor = preprocess.apply(&picture).unwrap();
+            for path in notes.iter().filter(|n| n.1 == 0).map(|n| n.0) {
+                let Ok(reference) = expected.tensor(&format!("{image}.float_{path}")) else { continue };
+                let reference = reference.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+                let most = reference.zip(&tensor).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                if most > 1e-6 {
+                    wrong.push(format!("{name}/{image}: float_{path} differs by {most}"));
+                }
+            }
+        }
+    }
+    println!("{compared} compared");
+    assert!(compared > 0 && wrong.is_empty(), "{} of {compared} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
