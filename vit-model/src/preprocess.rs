@@ -21,8 +21,8 @@ const STRIP_BYTES: usize = 16 << 20;
 /// A `PreprocessConfig` made ready: what does not depend on the picture is computed once.
 ///
 /// Resampling is, to the bit, Pillow's for a timm checkpoint, and torchvision's 8-bit `antialias=True` for one of Hugging
-/// Face. Both make two passes, width before height, and round to 8 bits in between; Pillow's weights have 22 bits,
-/// torchvision's 15 or fewer, so that they are up to 2 apart.
+/// Face. Both make two passes and round to 8 bits in between; Pillow's weights have 22 bits, torchvision's 15 or fewer,
+/// so that they are up to 2 apart, and more where the order of the passes differs.
 #[derive(Clone, Debug)]
 pub struct Preprocess {
     size: [usize; 2],

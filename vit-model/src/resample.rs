@@ -97,7 +97,9 @@ impl Taps {
 
 /// A picture `[h, w, C]`, resized to `[new_h, new_w, C]`, of which `rows` and `columns` are returned.
 ///
-/// Width comes before height, with 8 bits in between; a side whose length stays is not touched.
+/// Each side is a pass of its own, with 8 bits in between; a side whose length stays is not touched. Width comes before
+/// height, but where the height shrinks by more than twice what the width does (so since Pillow 13: there are fewer
+/// pixels to make then; the rounding in between, and what it clips, differ).
 pub(crate) fn resample<const C: usize>(
     source: &[u8],
     [h, w]: [usize; 2],
@@ -106,38 +108,64 @@ pub(crate) fn resample<const C: usize>(
     columns: Range<usize>,
     filter: Filter,
 ) -> Vec<u8> {
-    let vertical = (new_h != h).then(|| Taps::new(filter, h, new_h, rows.clone()));
-    let read = vertical.as_ref().map_or(rows.clone(), Taps::reads);
-    let line = columns.len() * C;
+    let across = (new_w != w).then(|| Taps::new(filter, w, new_w, columns.clone()));
+    let down = (new_h != h).then(|| Taps::new(filter, h, new_h, rows.clone()));
+    if h > new_h && h - new_h > 2 * w.saturating_sub(new_w) {
+        let read = across.as_ref().map_or(columns, Taps::reads);
+        let low = vertical::<C>(source, w, 0, down.as_ref(), rows, read.clone());
+        horizontal::<C>(&low, read.len(), read.start, across.as_ref(), 0..read.len())
+    } else {
+        let read = down.as_ref().map_or(rows.clone(), Taps::reads);
+        let strip = &source[read.start * w * C..read.end * w * C];
+        let narrow = horizontal::<C>(strip, w, 0, across.as_ref(), columns.clone());
+        vertical::<C>(&narrow, columns.len(), read.start, down.as_ref(), 0..read.len(), 0..columns.len())
+    }
+}
 
-    let mut wide = vec![0; read.len() * line]; // [read, columns, C]
-    let horizontal = (new_w != w).then(|| Taps::new(filter, w, new_w, columns.clone()));
-    for (out, row) in wide.chunks_exact_mut(line).zip(source.chunks_exact(w * C).skip(read.start)) {
-        match &horizontal {
-            None => out.copy_from_slice(&row[columns.start * C..columns.end * C]),
-            Some(taps) => {
-                for (pixel, (first, weights)) in out.chunks_exact_mut(C).zip(taps.iter()) {
-                    let mut sums = [1 << (BITS - 1); C];
-                    for (samples, weight) in row[first * C..].chunks_exact(C).zip(weights) {
-                        for (sum, sample) in sums.iter_mut().zip(samples) {
-                            *sum += i32::from(*sample) * weight;
-                        }
-                    }
-                    for (sample, sum) in pixel.iter_mut().zip(sums) {
-                        *sample = (sum >> BITS).clamp(0, 255) as u8;
-                    }
+/// Every row of `[_, w, C]`, whose first column is `first` of the picture, through the taps; without them, `columns`.
+fn horizontal<const C: usize>(
+    source: &[u8],
+    w: usize,
+    first: usize,
+    taps: Option<&Taps>,
+    columns: Range<usize>,
+) -> Vec<u8> {
+    let Some(taps) = taps else { return crop::<C>(source, w, 0..source.len() / (w * C), columns) };
+    let line = taps.spans.len() * C;
+    let mut out = vec![0; source.len() / (w * C) * line];
+    for (out, row) in out.chunks_exact_mut(line).zip(source.chunks_exact(w * C)) {
+        for (pixel, (start, weights)) in out.chunks_exact_mut(C).zip(taps.iter()) {
+            let mut sums = [1 << (BITS - 1); C];
+            for (samples, weight) in row[(start - first) * C..].chunks_exact(C).zip(weights) {
+                for (sum, sample) in sums.iter_mut().zip(samples) {
+                    *sum += i32::from(*sample) * weight;
                 }
+            }
+            for (sample, sum) in pixel.iter_mut().zip(sums) {
+                *sample = (sum >> BITS).clamp(0, 255) as u8;
             }
         }
     }
+    out
+}
 
-    let Some(vertical) = vertical else { return wide };
-    let mut tall = vec![0; rows.len() * line]; // [rows, columns, C]
+/// The given columns of `[_, w, C]`, whose first row is `first` of the picture, through the taps; without them, `rows`.
+fn vertical<const C: usize>(
+    source: &[u8],
+    w: usize,
+    first: usize,
+    taps: Option<&Taps>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Vec<u8> {
+    let Some(taps) = taps else { return crop::<C>(source, w, rows, columns) };
+    let line = columns.len() * C;
+    let mut out = vec![0; taps.spans.len() * line];
     let mut sums = vec![0; line];
-    for (out, (first, weights)) in tall.chunks_exact_mut(line).zip(vertical.iter()) {
+    for (out, (start, weights)) in out.chunks_exact_mut(line).zip(taps.iter()) {
         sums.fill(1 << (BITS - 1));
-        for (row, weight) in wide.chunks_exact(line).skip(first - read.start).zip(weights) {
-            for (sum, sample) in sums.iter_mut().zip(row) {
+        for (row, weight) in source.chunks_exact(w * C).skip(start - first).zip(weights) {
+            for (sum, sample) in sums.iter_mut().zip(&row[columns.start * C..columns.end * C]) {
                 *sum += i32::from(*sample) * weight;
             }
         }
@@ -145,5 +173,10 @@ pub(crate) fn resample<const C: usize>(
             *sample = (sum >> BITS).clamp(0, 255) as u8;
         }
     }
-    tall
+    out
+}
+
+fn crop<const C: usize>(source: &[u8], w: usize, rows: Range<usize>, columns: Range<usize>) -> Vec<u8> {
+    let rows = source.chunks_exact(w * C).skip(rows.start).take(rows.len());
+    rows.flat_map(|row| &row[columns.start * C..columns.end * C]).copied().collect()
 }

@@ -53,9 +53,9 @@ fn equals_pillow_and_torchvision() {
             let picture = Image::open(&root.join(file["file"].as_str().unwrap()), true).unwrap();
             let pixels = preprocess.resize_and_crop(&picture).unwrap(); // [H, W, C]
             let plane = size[0] * size[1];
-            // torchvision's 8-bit antialias to the bit; Pillow keeps more bits of its weights, hence 1
+            // to the bit what the reference itself makes; "alt" is the other reading of 16 bits, made by Pillow for all
             let mut notes = vec![];
-            for (path, limit) in [("tv", 0), ("pil", 1), ("alt", 1)] {
+            for (path, limit) in [("tv", 0), ("pil", 0), ("alt", 1)] {
                 let Ok(reference) = expected.tensor(&format!("{image}.{path}")) else { continue };
                 let differ = reference.data().iter().enumerate();
                 let most = differ.map(|(i, v)| v.abs_diff(pixels[(i % plane) * channels + i / plane])).max().unwrap();
