@@ -481,10 +481,11 @@ proptest::proptest! {
         for (isa, precision) in kernels() {
             let engine = engine(&config, &weights, isa, precision, threads);
             let output = engine.forward(&pixels(&config, batch), batch).unwrap();
+            // some hundred roundings: a row of three random numbers may be so flat that LayerNorm makes noise 1/√ε larger
             let tolerance = match engine.precision() {
-                Precision::Bf16 => 0.1,
-                Precision::Bf16x3 => 2e-4,
-                _ => 2e-5,
+                Precision::Bf16 => 0.3,
+                Precision::Bf16x3 => 2e-3,
+                _ => 4e-5,
             };
             let error = error(&output.features, &expected[1]);
             proptest::prop_assert!(error < tolerance, "{} {}: {:e} for {:?}", isa, precision, error, config);
