@@ -1,5 +1,7 @@
 //! The embedded model against PyTorch, on every held-out image.
 
+use vit_convert::write;
+
 use crate::support::{finish, max_diff, read_safetensors, root, run, vit_cli, write_safetensors};
 
 /// 360 images of `[32, 32]` grey pixels, and their classes.
@@ -74,4 +76,35 @@ fn logits_equal_pytorchs() {
     assert_eq!(got["logits"].shape, want.shape);
     let diff = max_diff(&got["logits"].values, &want.values);
     assert!(diff <= 1e-4 * want.values.iter().fold(1.0, |m: f32, v| m.max(v.abs())), "{diff}");
+}
+
+/// The embedded file is what vit-convert makes of `model.onnx` today: the same tensors, bit for bit, and the same document
+/// but for the last digits of the proof, which depend on the machine's vector width.
+#[test]
+fn the_embedded_file_is_what_vit_convert_writes() {
+    let folder = root().join("weights/digits");
+    let embedded = vit_model::load::open(&folder.join("model.safetensors")).unwrap();
+    let preprocess = vit_model::PreprocessConfig { crop_pct: 1.0, ..embedded.info.preprocess.clone() };
+    let labels = std::fs::read_to_string(folder.join("labels.txt")).unwrap().lines().map(str::to_owned).collect();
+    let options =
+        vit_convert::Options { labels: Some(labels), preprocess: Some(preprocess), ..vit_convert::Options::default() };
+    let converted = vit_convert::convert(&folder.join("model.onnx"), &options).unwrap();
+
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("model.safetensors");
+    let options =
+        write::Options { dtype: None, threads: 1, unhashed: converted.unhashed(), inputs: &[], progress: &|_, _| () };
+    write::file(&path, &converted.info, converted.weights.as_ref(), &options).unwrap();
+    let written = vit_model::load::open(&path).unwrap();
+    let document = |info: &vit_model::ModelInfo| {
+        let mut document = serde_json::to_value(info).unwrap();
+        document["verified"]["max_abs"].take();
+        document["verified"]["max_rel"].take();
+        document
+    };
+    assert_eq!(document(&written.info), document(&embedded.info));
+    assert_eq!(written.weights.tensors(), embedded.weights.tensors());
+    for name in written.weights.tensors().keys() {
+        assert_eq!(written.weights.read(name).unwrap(), embedded.weights.read(name).unwrap(), "{name}");
+    }
 }

@@ -695,12 +695,10 @@ fn tile<const W: usize>(
             let i1 = (i0 + TILE).min(n);
             for j in j0..j1 {
                 let Some(row) = out.get_mut(to + j * out_across + i0..to + j * out_across + i1) else { return };
-                let mut at = from + j * across + i0 * step;
-                for cell in row {
-                    if let Some(v) = src.get(at) {
-                        *cell = *v;
-                    }
-                    at += step;
+                let Some(column) = src.get(from + j * across + i0 * step..) else { return };
+                match step {
+                    0 => row.fill(column.first().copied().unwrap_or([0; W])),
+                    _ => row.iter_mut().zip(column.iter().step_by(step)).for_each(|(cell, v)| *cell = *v),
                 }
             }
         }

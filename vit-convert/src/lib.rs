@@ -35,6 +35,7 @@ pub mod write;
 
 use std::{path::Path, sync::Arc};
 
+use bytes::Bytes;
 #[cfg(feature = "candle-onnx")]
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
@@ -79,6 +80,7 @@ impl Default for Options {
 /// A converted model, in memory: its weights are read from the ONNX file when they are asked for.
 pub struct Converted {
     /// The document that goes into the written file.
+    /// Its `source.sha256` comes last, see [`Converted::document`].
     pub info: ModelInfo,
     /// The tensors, under timm's names.
     pub weights: Arc<dyn Weights>,
@@ -86,6 +88,23 @@ pub struct Converted {
     pub imported: Imported,
     /// The proof, unless it was not wanted.
     pub verified: Option<verify::Verified>,
+    /// The ONNX file, while its digest is still missing in `info`.
+    unhashed: Option<Bytes>,
+}
+
+impl Converted {
+    /// The document, complete: with the ONNX file's SHA-256 in `source`.
+    pub fn document(&mut self) -> &ModelInfo {
+        if let Some(bytes) = self.unhashed.take() {
+            self.info.source.insert("sha256".into(), sha256(&bytes).into());
+        }
+        &self.info
+    }
+
+    /// The ONNX file's bytes, where its SHA-256 is still missing in `info`: [`write::file`] computes it while it writes.
+    pub fn unhashed(&self) -> Option<&[u8]> {
+        self.unhashed.as_deref()
+    }
 }
 
 /// Reads, recognises and proves a model; [`write::file`] then writes it.
@@ -98,28 +117,39 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
     let at = |error: Error| error.at(path);
     let imported = import::sized(&graph, options.img_size).map_err(at)?;
     let mut info = document(&graph, &imported, options).map_err(at)?;
-    let (digest, verified) = std::thread::scope(|scope| {
-        let digest = scope.spawn(|| sha256(&bytes));
-        let verified = options.verify.then(|| prove(&graph, &imported)).transpose();
-        (digest.join().ok(), verified)
-    });
-    let verified = verified.map_err(at)?;
+    info.verified = Some(json!(false));
+    let weights = imported.weights.clone();
+    let mut converted = Converted { info, weights, imported, verified: None, unhashed: Some(bytes.clone()) };
+    if options.verify {
+        let verified = std::thread::scope(|scope| {
+            let Converted { info, imported, unhashed, .. } = &mut converted;
+            // the digest costs no time beside the proof
+            scope.spawn(|| {
+                let digest = unhashed.take().map(|bytes| sha256(&bytes));
+                info.source.insert("sha256".into(), digest.into())
+            });
+            prove(&graph, imported)
+        });
+        let verified = verified.map_err(at)?;
+        converted.info.verified = Some(verified.to_json());
+        converted.verified = Some(verified);
+    }
     #[cfg(feature = "candle-onnx")]
     if options.candle {
-        let model =
-            VisionTransformer::from_weights(&imported.config, imported.weights.as_ref(), DType::F32, &Device::Cpu)
-                .map_err(|error| at(error.into()))?;
-        let opinion =
-            verify::second::opinion(&graph, &bytes, &model, &reading(&imported)).map_err(|error| at(error.into()))?;
-        let said = match opinion {
-            Ok(far) => json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }),
-            Err(why) => json!({ "not_run": why }),
-        };
-        info.source.insert("candle_onnx".into(), said);
+        let said = second_opinion(&graph, &bytes, &converted.imported).map_err(at)?;
+        converted.info.source.insert("candle_onnx".into(), said);
     }
-    info.source.insert("sha256".into(), digest.into());
-    info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
-    Ok(Converted { info, weights: imported.weights.clone(), imported, verified })
+    Ok(converted)
+}
+
+/// What candle-onnx's evaluator answers on the same graph.
+#[cfg(feature = "candle-onnx")]
+fn second_opinion(graph: &graph::Graph, bytes: &Bytes, imported: &Imported) -> Result<Value> {
+    let model = VisionTransformer::from_weights(&imported.config, imported.weights.as_ref(), DType::F32, &Device::Cpu)?;
+    Ok(match verify::second::opinion(graph, bytes, &model, &reading(imported))? {
+        Ok(far) => json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }),
+        Err(why) => json!({ "not_run": why }),
+    })
 }
 
 /// The document: what was recovered, and what the user adds.

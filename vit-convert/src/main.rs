@@ -133,16 +133,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.to.is_some() && args.output.as_deref().is_some_and(|output| !is_folder(output)) {
         bail!("--to writes a folder: let the output end in /");
     }
-    let converted = convert(&args.input, &options)?;
+    let mut converted = convert(&args.input, &options)?;
     if let Some(report) = &args.report {
-        let text = serde_json::to_vec_pretty(&report_of(&converted))?;
+        let text = serde_json::to_vec_pretty(&report_of(&mut converted))?;
         save::file(report, &[&args.input], |mut file| file.write_all(&text).map_err(vit_convert::Error::io(report)))?;
     }
+    let weights = converted.weights.clone();
     // a dry run says too whether the folder could be written
     let folder = match args.to {
         _ if !folder => None,
-        Some(Library::Hf) => Some(to_hf::folder(&converted.info, &converted.weights)?),
-        _ => Some(timm_config::folder(&converted.info, &converted.weights)?),
+        Some(Library::Hf) => Some(to_hf::folder(converted.document(), &weights)?),
+        _ => Some(timm_config::folder(converted.document(), &weights)?),
     };
     if let (Some(output), false) = (&args.output, args.dry_run) {
         write_model(args, output, &converted, folder.as_ref())?;
@@ -179,6 +180,7 @@ fn write_model(
     let options = write::Options {
         dtype,
         threads: args.threads.map_or(cores, usize::from),
+        unhashed: converted.unhashed(),
         inputs: &[&args.input],
         progress: &progress,
     };
@@ -237,8 +239,8 @@ fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Res
 }
 
 /// Everything that was found, for `--report`.
-fn report_of(converted: &Converted) -> Value {
-    json!({ "config": converted.info, "found": explain::report(&converted.imported) })
+fn report_of(converted: &mut Converted) -> Value {
+    json!({ "config": converted.document().clone(), "found": explain::report(&converted.imported) })
 }
 
 /// Class names from a file.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use vit_model::config::{Config, PreprocessConfig};
-use vit_model::weights::{Dtype, TensorInfo, Weights};
+use vit_model::weights::{Dtype, TensorInfo, Weights, check_finite};
 
 use crate::array::{Array, Source};
 use crate::graph::{DType, Graph};
@@ -49,35 +49,8 @@ impl Weights for Imports {
             return Err(vit_model::Error::tensor(name, "missing"));
         };
         let bytes = array.bytes();
-        match not_finite(info.dtype, &bytes) {
-            None => Ok(bytes),
-            Some(at) => Err(vit_model::Error::tensor(
-                name,
-                format!(
-                    "element {at} is not a finite number (NaN or infinite): the file's weights are broken, export them again"
-                ),
-            )),
-        }
-    }
-}
-
-/// The first element whose exponent is all ones.
-fn not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
-    fn first<const W: usize>(bytes: &[u8], bad: impl Fn([u8; W]) -> bool) -> Option<usize> {
-        // whole blocks without a branch per element, so that the check costs little beside the copy
-        let cells = bytes.as_chunks::<W>().0;
-        for (k, block) in cells.chunks(256).enumerate() {
-            if block.iter().fold(false, |any, &c| any | bad(c)) {
-                return block.iter().position(|&c| bad(c)).map(|i| k * 256 + i);
-            }
-        }
-        None
-    }
-    match dtype {
-        Dtype::F32 => first(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-        Dtype::F16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        Dtype::Bf16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        Dtype::F64 => first(bytes, |b: [u8; 8]| u64::from_le_bytes(b) & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000),
+        check_finite(name, info.dtype, &bytes)?;
+        Ok(bytes)
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     io::Write as _,
     path::Path,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -30,6 +30,8 @@ pub struct Options<'a> {
     pub dtype: Option<Dtype>,
     /// Threads that read and convert.
     pub threads: usize,
+    /// The ONNX file's bytes, where the document still lacks their SHA-256: it is computed while the tensors are written.
+    pub unhashed: Option<&'a [u8]>,
     /// Files that must not be overwritten.
     pub inputs: &'a [&'a Path],
     /// Told how many bytes are done, of how many.
@@ -89,8 +91,23 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
 }
 
 fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    let layout = Layout::new(info, weights.tensors(), options.dtype)?;
-    save::file(path, options.inputs, |file| fill(path, file, &layout, weights, options))
+    let (Some(info), Some(bytes)) = (info, options.unhashed) else {
+        let layout = Layout::new(info, weights.tensors(), options.dtype)?;
+        return save::file(path, options.inputs, |file| fill(path, file, &layout, weights, options, || ()));
+    };
+    let layout = |digest: &str| {
+        let mut info = info.clone();
+        info.source.insert("sha256".into(), digest.into());
+        Layout::new(Some(&info), weights.tensors(), options.dtype)
+    };
+    // every digest is as long as this one
+    let draft = layout(&"0".repeat(64))?;
+    save::file(path, options.inputs, |file| {
+        let digest = OnceLock::new();
+        fill(path, file, &draft, weights, options, || drop(digest.set(crate::sha256(bytes))))?;
+        let header = layout(digest.get().map_or("", String::as_str))?.header;
+        write_all_at(file, &header, 8).map_err(Error::io(path))
+    })
 }
 
 /// A tensor's place in the file.
@@ -141,8 +158,16 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// Header, then tensors: each thread takes the next one, converts it and writes it to its place.
-fn fill(path: &Path, file: &File, layout: &Layout<'_>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
+/// Header, then tensors: each thread takes the next one, converts it and writes it to its place. One of them does what is
+/// to be done `aside` first.
+fn fill(
+    path: &Path,
+    file: &File,
+    layout: &Layout<'_>,
+    weights: &dyn Weights,
+    options: &Options<'_>,
+    aside: impl Fn() + Sync,
+) -> Result<()> {
     let io = |result: std::io::Result<()>| result.map_err(Error::io(path));
     let start = layout.header.len().saturating_add(8) as u64;
     let total = start.saturating_add(layout.data_len);
@@ -187,7 +212,9 @@ fn fill(path: &Path, file: &File, layout: &Layout<'_>, weights: &dyn Weights, op
             }
         };
         let early = (layout.data_len > 2 * SYNC_EVERY).then(|| scope.spawn(early));
-        let others: Vec<_> = (1..options.threads.max(1)).map(|_| scope.spawn(work)).collect();
+        let aside = &aside;
+        let others: Vec<_> = (1..options.threads).map(|_| scope.spawn(work)).collect();
+        aside();
         work();
         for other in others {
             let _ = other.join();
@@ -206,7 +233,6 @@ fn fill(path: &Path, file: &File, layout: &Layout<'_>, weights: &dyn Weights, op
 /// A tensor's elements in the type that is written.
 fn tensor(weights: &dyn Weights, place: &Place<'_>) -> Result<Vec<u8>> {
     let bytes = weights.read(place.name)?;
-    check_finite(place.name, place.stored, &bytes)?;
     if place.stored == place.dtype {
         return Ok(bytes);
     }
