@@ -118,7 +118,7 @@ pub struct Output {
 /// A model, packed for this CPU.
 ///
 /// Any number of threads may call at once; passes take turns, as each uses every thread of the engine. Results are the
-/// same, bit for bit, for any number of threads and however images are batched.
+/// same, bit for bit, for any number of threads and, but for the portable kernel, however images are batched.
 pub struct Engine {
     config: Config,
     isa: Isa,
