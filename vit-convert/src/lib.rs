@@ -36,13 +36,9 @@ pub mod write;
 use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
-#[cfg(feature = "candle-onnx")]
-use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-#[cfg(feature = "candle-onnx")]
-use vit_model::VisionTransformer;
-use vit_model::{ModelInfo, PreprocessConfig, Weights};
+use vit_model::{ModelInfo, PreprocessConfig, Weights, load::Checkpoint};
 
 pub use error::{Error, Result};
 pub use import::import;
@@ -117,26 +113,14 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
     let at = |error: Error| error.at(path);
     let imported = import::sized(&graph, options.img_size).map_err(at)?;
     let mut info = document(&graph, &imported, options).map_err(at)?;
-    info.verified = Some(json!(false));
+    let verified = options.verify.then(|| prove(&graph, &imported, &info)).transpose().map_err(at)?;
+    info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
     let weights = imported.weights.clone();
-    let mut converted = Converted { info, weights, imported, verified: None, unhashed: Some(bytes.clone()) };
-    if options.verify {
-        let verified = std::thread::scope(|scope| {
-            let Converted { info, imported, unhashed, .. } = &mut converted;
-            // the digest costs no time beside the proof
-            scope.spawn(|| {
-                let digest = unhashed.take().map(|bytes| sha256(&bytes));
-                info.source.insert("sha256".into(), digest.into())
-            });
-            prove(&graph, imported)
-        });
-        let verified = verified.map_err(at)?;
-        converted.info.verified = Some(verified.to_json());
-        converted.verified = Some(verified);
-    }
+    #[cfg_attr(not(feature = "candle-onnx"), allow(unused_mut))]
+    let mut converted = Converted { info, weights, imported, verified, unhashed: Some(bytes.clone()) };
     #[cfg(feature = "candle-onnx")]
     if options.candle {
-        let said = second_opinion(&graph, &bytes, &converted.imported).map_err(at)?;
+        let said = second_opinion(&graph, &bytes, &converted.imported, &converted.info).map_err(at)?;
         converted.info.source.insert("candle_onnx".into(), said);
     }
     Ok(converted)
@@ -144,9 +128,9 @@ pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
 
 /// What candle-onnx's evaluator answers on the same graph.
 #[cfg(feature = "candle-onnx")]
-fn second_opinion(graph: &graph::Graph, bytes: &Bytes, imported: &Imported) -> Result<Value> {
-    let model = VisionTransformer::from_weights(&imported.config, imported.weights.as_ref(), DType::F32, &Device::Cpu)?;
-    Ok(match verify::second::opinion(graph, bytes, &model, &reading(imported))? {
+fn second_opinion(graph: &graph::Graph, bytes: &Bytes, imported: &Imported, info: &ModelInfo) -> Result<Value> {
+    let checkpoint = Checkpoint::new(info.clone(), imported.weights.clone())?;
+    Ok(match verify::second::opinion(graph, bytes, &checkpoint, &reading(imported))? {
         Ok(far) => json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }),
         Err(why) => json!({ "not_run": why }),
     })
@@ -186,8 +170,9 @@ fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Res
 }
 
 /// Runs both and compares.
-fn prove(graph: &graph::Graph, imported: &Imported) -> Result<verify::Verified> {
-    verify::verify(graph, &imported.config, imported.weights.as_ref(), &reading(imported)).map_err(Error::from)
+fn prove(graph: &graph::Graph, imported: &Imported, info: &ModelInfo) -> Result<verify::Verified> {
+    let checkpoint = Checkpoint::new(info.clone(), imported.weights.clone())?;
+    verify::verify(graph, &checkpoint, &reading(imported)).map_err(Error::from)
 }
 
 fn reading(imported: &Imported) -> verify::Reading {

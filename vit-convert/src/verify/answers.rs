@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use vit_model::{Config, VisionTransformer};
+use vit_model::{Config, Predictor, cpu::Output};
 
 use super::is_real;
 use super::run::Value;
@@ -65,16 +65,17 @@ fn same(x: f64) -> f64 {
 }
 
 impl Answers {
-    pub(super) fn of(model: &VisionTransformer, pixels: &[f32], batch: usize) -> vit_model::Result<Self> {
+    /// All forms, from what the model answers to `batch` images.
+    pub(super) fn of(model: &Predictor, pixels: &[f32], batch: usize) -> vit_model::Result<Self> {
         let config = model.config();
-        let [h, w] = config.img_size;
-        let x = Tensor::from_slice(pixels, (batch, config.in_chans, h, w), &Device::Cpu)?;
-        let tokens = model.forward_features(&x)?;
+        let Output { logits, features, pre_logits } = model.forward(pixels, batch)?;
+        let [logits_shape, tokens_shape, pooled_shape] = model.shapes(batch);
+        let pooled = Tensor::from_vec(pre_logits, pooled_shape, &Device::Cpu)?;
+        let logits = logits.map(|z| Tensor::from_vec(z, logits_shape, &Device::Cpu)).transpose()?;
+        let tokens = Tensor::from_vec(features, tokens_shape, &Device::Cpu)?;
         let mut forms = Vec::new();
-        let pooled = model.forward_head(&tokens, true)?;
         let mut scores = None;
-        if config.num_classes > 0 {
-            let logits = model.forward_head(&tokens, false)?;
+        if let Some(logits) = logits {
             let (dims, z) = read(&logits)?;
             let k = config.num_classes;
             let rows = || z.chunks(k);

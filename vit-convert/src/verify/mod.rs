@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType as CandleType, Device};
 use serde_json::json;
-use vit_model::{Config, VisionTransformer, Weights};
+use vit_model::{Config, Predictor, load::Checkpoint, predictor};
 
 use crate::graph::{Attr, DType, Graph, Node, SubGraph};
 use answers::{Answers, Difference};
@@ -133,20 +133,16 @@ fn short(x: f64) -> String {
     format!("{x:.1e}")
 }
 
-/// Proves that `weights` under `config` compute what `graph` computes.
+/// Proves that a checkpoint computes what `graph` computes, in the way that the checkpoint will be run: by the CPU
+/// engine, in f32.
 ///
 /// `reading` says how the graph's input becomes the model's pixels, where the graph does part of the preprocessing.
 ///
 /// # Errors
 /// An operator that has no rule, inputs or outputs that no Vision Transformer has, and a difference beyond rounding: then
 /// the error names the first block whose tokens diverge.
-pub fn verify(graph: &Graph, config: &Config, weights: &dyn Weights, reading: &Reading) -> Result<Verified, Error> {
-    let model = VisionTransformer::from_weights(config, weights, CandleType::F32, &Device::Cpu)?;
-    against(graph, &model, reading)
-}
-
-/// As [`verify`], for a model that is loaded already.
-pub fn against(graph: &Graph, model: &VisionTransformer, reading: &Reading) -> Result<Verified, Error> {
+pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Result<Verified, Error> {
+    let model = &Predictor::new(checkpoint, &exact())?;
     let config = model.config();
     let format = Format::of(graph);
     let mut proof = Verified {
@@ -173,7 +169,8 @@ pub fn against(graph: &Graph, model: &VisionTransformer, reading: &Reading) -> R
                 continue;
             };
             if !difference.within(format.tolerance()) {
-                let place = blocks::locate(graph, model, &input, arithmetic, format.tolerance())?;
+                let modules = checkpoint.model(CandleType::F32, &Device::Cpu)?;
+                let place = blocks::locate(graph, &modules, &input, arithmetic, format.tolerance())?;
                 return Err(Error::Differs { output: name, answer, difference, tolerance: format.tolerance(), place });
             }
             proof.max_abs = proof.max_abs.max(difference.abs);
@@ -192,6 +189,11 @@ pub fn against(graph: &Graph, model: &VisionTransformer, reading: &Reading) -> R
     }
     answers::enough(config, &proof.outputs).map_err(Error::Graph)?;
     Ok(proof)
+}
+
+/// What is as exact on every CPU.
+fn exact() -> predictor::Options {
+    predictor::Options { precision: predictor::Precision::F32, ..predictor::Options::default() }
 }
 
 /// Multiplications of one image, roughly.

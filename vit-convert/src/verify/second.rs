@@ -6,7 +6,7 @@ use bytes::Bytes;
 use candle_core::{Device, Tensor};
 use candle_onnx::onnx::ModelProto;
 use prost::Message as _;
-use vit_model::VisionTransformer;
+use vit_model::{Predictor, load::Checkpoint};
 
 use super::answers::Answers;
 use super::inputs;
@@ -22,17 +22,17 @@ use crate::graph::{DType, Graph};
 pub fn opinion(
     graph: &Graph,
     file: &Bytes,
-    model: &VisionTransformer,
+    checkpoint: &Checkpoint,
     reading: &Reading,
 ) -> Result<Result<f64, String>, Error> {
-    match compare(graph, file, model, reading) {
+    match compare(graph, file, &Predictor::new(checkpoint, &super::exact())?, reading) {
         Ok(far) => Ok(Ok(far)),
         Err(Error::Graph(why)) => Ok(Err(why.chars().take(160).collect())),
         Err(other) => Err(other),
     }
 }
 
-fn compare(graph: &Graph, file: &Bytes, model: &VisionTransformer, reading: &Reading) -> Result<f64, Error> {
+fn compare(graph: &Graph, file: &Bytes, model: &Predictor, reading: &Reading) -> Result<f64, Error> {
     let unable = Error::Graph;
     let proto = ModelProto::decode(file.clone()).map_err(|e| unable(e.to_string()))?;
     let name = |id| graph.name(id).to_owned();
