@@ -12,4 +12,5 @@ mod onnx;
 mod parity;
 mod predict;
 mod process;
+mod robustness;
 mod support;

@@ -57,7 +57,7 @@ fn nudge(tensor: &mut Tensor, r: &mut Random) -> Option<String> {
         return None;
     }
     let at = r.below(count);
-    let mut bytes = tensor.data.to_vec();
+    let mut bytes = tensor.data.read().to_vec();
     let said = match tensor.dtype {
         DType::F32 => {
             let cell = bytes.get_mut(at * 4..at * 4 + 4)?;

@@ -105,3 +105,32 @@ fn the_same_input_gives_the_same_bytes() {
         }
     }
 }
+
+/// Nothing is mapped, so that no moment is left in which a signal ends the process.
+#[test]
+fn a_file_that_is_cut_during_the_conversion_is_an_error() {
+    let whole = std::fs::read(fixture("timm-base-d18-fused")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (folder.path().join("m.onnx"), folder.path().join("m.safetensors"));
+    for step in 0..12 {
+        std::fs::write(&input, &whole).unwrap();
+        let child = vit_convert()
+            .arg(&input)
+            .arg(&output)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(step * 4));
+        std::fs::OpenOptions::new().write(true).open(&input).unwrap().set_len(whole.len() as u64 / 3).unwrap();
+        let done = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        match done.status.code() {
+            Some(0) => assert!(vit_model::load::open(&output).is_ok(), "step {step}"),
+            Some(2) => assert!(said.contains("m.onnx") && !output.exists(), "step {step}: {said}"),
+            _ => panic!("step {step}: {:?}: {said}", done.status),
+        }
+        let _ = std::fs::remove_file(&output);
+    }
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "a temporary is left");
+}

@@ -116,7 +116,7 @@ impl Source {
             ) => {
                 a.dtype == b.dtype
                     && a.data.len() == b.data.len()
-                    && (a.data.as_ptr() == b.data.as_ptr() || (a.data.len() <= COMPARE_BYTES && a.data == b.data))
+                    && (a.data.same_place(&b.data) || (a.data.len() <= COMPARE_BYTES && a.data == b.data))
             }
             (Self::Dequantised { codes: a, scale: s, zero: z }, Self::Dequantised { codes: b, scale: t, zero: y }) => {
                 a == b && s == t && z == y
@@ -162,7 +162,7 @@ impl Source {
         let floats =
             |list: Vec<f32>| -> Bytes { list.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into() };
         match self {
-            Self::Stored { tensor, .. } | Self::Computed(tensor) => tensor.data.clone(),
+            Self::Stored { tensor, .. } | Self::Computed(tensor) => tensor.data.read(),
             Self::Dequantised { codes, scale, zero } => {
                 let (codes, scale) = (codes.f64s(), scale.f64s());
                 floats(match zero.as_ref().map(Array::f64s) {
@@ -520,7 +520,7 @@ impl Array {
             DType::I4 => DType::I8,
             other => other,
         };
-        let tensor = Tensor { dtype: stored, dims: dims.clone(), data };
+        let tensor = Tensor { dtype: stored, dims: dims.clone(), data: data.into() };
         Self::of(Source::Computed(tensor), &dims, self.dtype)
     }
 
@@ -531,24 +531,60 @@ impl Array {
 
     /// The elements in their stored type, row-major (4-bit integers as bytes).
     pub fn bytes(&self) -> Vec<u8> {
-        let all = self.source.read();
         let digits = self.flat();
+        let (all, offset) = match &*self.source {
+            Source::Stored { tensor, .. } if tensor.dtype.bits() >= 8 => {
+                // of a large constant only the part that is looked at
+                let size = tensor.dtype.bits() / 8;
+                let last = digits
+                    .iter()
+                    .fold(self.offset, |at, d| at.saturating_add(d.size.saturating_sub(1).saturating_mul(d.stride)));
+                let end = last.saturating_add(1).saturating_mul(size);
+                (tensor.data.range(self.offset.saturating_mul(size)..end), 0)
+            }
+            other => (other.read(), self.offset),
+        };
+        if offset == 0 && self.stored_dtype().bits() >= 8 && matches!(&digits[..], [d] if d.stride == 1) {
+            let len = digits[0].size * (self.stored_dtype().bits() / 8);
+            if all.len() == len {
+                return all.into();
+            }
+        }
         match self.stored_dtype() {
             t @ (DType::U4 | DType::I4) => {
                 let wide: Vec<u8> = all.iter().flat_map(|&b| [b & 15, b >> 4]).collect();
-                let mut out = gather::<1>(&wide, self.offset, &digits);
+                let mut out = gather::<1>(&wide, offset, &digits);
                 if t == DType::I4 {
                     out.iter_mut().for_each(|b| *b = ((*b << 4) as i8 >> 4) as u8);
                 }
                 out
             }
             t => match t.bits() {
-                8 => gather::<1>(&all, self.offset, &digits),
-                16 => gather::<2>(&all, self.offset, &digits),
-                32 => gather::<4>(&all, self.offset, &digits),
-                _ => gather::<8>(&all, self.offset, &digits),
+                8 => gather::<1>(&all, offset, &digits),
+                16 => gather::<2>(&all, offset, &digits),
+                32 => gather::<4>(&all, offset, &digits),
+                _ => gather::<8>(&all, offset, &digits),
             },
         }
+    }
+
+    /// What was read of it is what its file held when that was opened.
+    ///
+    /// # Errors
+    /// The file has changed.
+    pub fn check(&self) -> crate::Result<()> {
+        let mut todo = vec![self];
+        while let Some(array) = todo.pop() {
+            match array.source() {
+                Source::Stored { tensor, .. } | Source::Computed(tensor) => tensor.data.check()?,
+                Source::Dequantised { codes, scale, zero } => todo.extend(zero.iter().chain([codes, scale])),
+                Source::Blocks(b) => todo.extend(b.zeros.iter().chain([&b.codes, &b.scales])),
+                Source::Product(a, b) | Source::Sum(a, b) => todo.extend([a, b]),
+                Source::Concat(parts) => todo.extend(parts),
+                Source::Shifted { weight, bias, .. } => todo.extend(bias.iter().chain([weight])),
+            }
+        }
+        Ok(())
     }
 
     /// The elements as f64, row-major; of any type.
@@ -717,7 +753,9 @@ mod tests {
     /// The slow definition.
     fn naive(a: &Array) -> Vec<f64> {
         let all: Vec<f64> = match a.source() {
-            Source::Computed(t) => t.data.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect(),
+            Source::Computed(t) => {
+                t.data.read().as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect()
+            }
             _ => panic!(),
         };
         let mut at = vec![a.offset];

@@ -4,9 +4,14 @@
 //! of `value`, `value_float`, `value_floats`, `value_int`, `value_ints` the file has (only `value_string` and
 //! `value_strings` stay, as [`Attr::Str`] and [`Attr::Strings`]).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
+
+use crate::{
+    Result,
+    stored::{Data, StoredFile},
+};
 
 /// Index of a value (a node's input or output, an initializer, a graph input) into [`Graph::names`].
 pub type ValueId = u32;
@@ -35,9 +40,19 @@ pub struct Graph {
     /// The operation that the PyTorch exporter notes at a node, such as `torch.ops.aten.gelu.default`, by the node's first
     /// output.
     pub records: BTreeMap<ValueId, String>,
+    /// The files that constants are in.
+    pub files: Vec<Arc<StoredFile>>,
 }
 
 impl Graph {
+    /// No file has changed since it was opened: what was read is what was there.
+    ///
+    /// # Errors
+    /// The first that has.
+    pub fn check(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.check())
+    }
+
     /// The name of a value.
     pub fn name(&self, id: ValueId) -> &str {
         usize::try_from(id).ok().and_then(|at| self.names.get(at)).map_or("?", String::as_str)
@@ -115,7 +130,7 @@ pub struct SubGraph {
     pub nodes: Vec<Node>,
 }
 
-/// A constant: type, shape and little-endian, row-major elements (a slice of the file where that is possible).
+/// A constant: type, shape and little-endian, row-major elements (a stretch of the file where they are many).
 ///
 /// `data.len()` always equals the product of `dims` times the element size (4-bit types: two elements a byte, rounded up).
 #[derive(Clone, Debug)]
@@ -125,7 +140,7 @@ pub struct Tensor {
     /// Shape; empty for a scalar.
     pub dims: Vec<usize>,
     /// Elements.
-    pub data: Bytes,
+    pub data: Data,
 }
 
 /// ONNX element types that a graph of ours may hold.

@@ -12,6 +12,8 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod array;
 pub mod axes;
 mod claims;
@@ -21,13 +23,13 @@ pub mod explain;
 pub mod expr;
 pub mod graph;
 pub mod import;
-mod map;
 pub mod onnx;
 pub mod preset;
 pub mod recognise;
 pub mod relabel;
 pub mod save;
 pub mod spec;
+pub mod stored;
 pub mod timm_config;
 pub mod to_hf;
 pub mod verify;
@@ -35,14 +37,13 @@ pub mod write;
 
 use std::{path::Path, sync::Arc};
 
-use bytes::Bytes;
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 use vit_model::{ModelInfo, PreprocessConfig, Weights, load::Checkpoint};
 
 pub use error::{Error, Result};
 pub use import::import;
 pub use spec::Imported;
+use stored::StoredFile;
 
 /// What the user adds to what the file says.
 #[derive(Clone, Debug)]
@@ -85,20 +86,23 @@ pub struct Converted {
     /// The proof, unless it was not wanted.
     pub verified: Option<verify::Verified>,
     /// The ONNX file, while its digest is still missing in `info`.
-    unhashed: Option<Bytes>,
+    unhashed: Option<Arc<StoredFile>>,
 }
 
 impl Converted {
     /// The document, complete: with the ONNX file's SHA-256 in `source`.
-    pub fn document(&mut self) -> &ModelInfo {
-        if let Some(bytes) = self.unhashed.take() {
-            self.info.source.insert("sha256".into(), sha256(&bytes).into());
+    ///
+    /// # Errors
+    /// The file has changed since it was opened.
+    pub fn document(&mut self) -> Result<&ModelInfo> {
+        if let Some(file) = self.unhashed.take() {
+            self.info.source.insert("sha256".into(), file.sha256()?.into());
         }
-        &self.info
+        Ok(&self.info)
     }
 
-    /// The ONNX file's bytes, where its SHA-256 is still missing in `info`: [`write::file`] computes it while it writes.
-    pub fn unhashed(&self) -> Option<&[u8]> {
+    /// The ONNX file, where its SHA-256 is still missing in `info`: [`write::file`] computes it while it writes.
+    pub fn unhashed(&self) -> Option<&StoredFile> {
         self.unhashed.as_deref()
     }
 }
@@ -109,28 +113,33 @@ impl Converted {
 /// A file that cannot be read, a graph that is no ViT of this family (with the node that does not fit), labels or a
 /// preprocessing that do not fit the model, and a proof that fails.
 pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
-    let onnx::Model { graph, bytes } = onnx::open(path)?;
-    let at = |error: Error| error.at(path);
+    let onnx::Model { graph, file } = onnx::open(path)?;
+    // a file that has changed is the reason of whatever else seems wrong
+    let at = |error: Error| graph.check().err().unwrap_or(error).at(path);
     let imported = import::sized(&graph, options.img_size).map_err(at)?;
     let mut info = document(&graph, &imported, options).map_err(at)?;
     let verified = options.verify.then(|| prove(&graph, &imported, &info)).transpose().map_err(at)?;
     info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
     let weights = imported.weights.clone();
     #[cfg_attr(not(feature = "candle-onnx"), allow(unused_mut))]
-    let mut converted = Converted { info, weights, imported, verified, unhashed: Some(bytes.clone()) };
+    let mut converted = Converted { info, weights, imported, verified, unhashed: Some(file.clone()) };
     #[cfg(feature = "candle-onnx")]
     if options.candle {
-        let said = second_opinion(&graph, &bytes, &converted.imported, &converted.info).map_err(at)?;
+        let said = second_opinion(&graph, &file, &converted.imported, &converted.info).map_err(at)?;
         converted.info.source.insert("candle_onnx".into(), said);
     }
+    graph.check()?;
     Ok(converted)
 }
 
 /// What candle-onnx's evaluator answers on the same graph.
 #[cfg(feature = "candle-onnx")]
-fn second_opinion(graph: &graph::Graph, bytes: &Bytes, imported: &Imported, info: &ModelInfo) -> Result<Value> {
+fn second_opinion(graph: &graph::Graph, file: &StoredFile, imported: &Imported, info: &ModelInfo) -> Result<Value> {
+    let len = usize::try_from(file.len()).map_err(|_| Error::graph("is larger than this machine's memory"))?;
+    let bytes = file.read(0, len);
+    file.check()?;
     let checkpoint = Checkpoint::new(info.clone(), imported.weights.clone())?;
-    Ok(match verify::second::opinion(graph, bytes, &checkpoint, &reading(imported))? {
+    Ok(match verify::second::opinion(graph, &bytes.into(), &checkpoint, &reading(imported))? {
         Ok(far) => json!({ "max_rel": format!("{far:.1e}").parse::<f64>().unwrap_or(far) }),
         Err(why) => json!({ "not_run": why }),
     })
@@ -177,8 +186,4 @@ fn prove(graph: &graph::Graph, imported: &Imported, info: &ModelInfo) -> Result<
 
 fn reading(imported: &Imported) -> verify::Reading {
     verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() }
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

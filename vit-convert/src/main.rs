@@ -1,5 +1,7 @@
 //! `vit-convert IN.onnx OUT`: the library's steps on the command line.
 
+#![forbid(unsafe_code)]
+
 use std::{
     io::{IsTerminal as _, Write as _},
     path::{Path, PathBuf},
@@ -135,15 +137,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut converted = convert(&args.input, &options)?;
     if let Some(report) = &args.report {
-        let text = serde_json::to_vec_pretty(&report_of(&mut converted))?;
+        let text = serde_json::to_vec_pretty(&report_of(&mut converted)?)?;
         save::file(report, &[&args.input], |mut file| file.write_all(&text).map_err(vit_convert::Error::io(report)))?;
     }
     let weights = converted.weights.clone();
     // a dry run says too whether the folder could be written
     let folder = match args.to {
         _ if !folder => None,
-        Some(Library::Hf) => Some(to_hf::folder(converted.document(), &weights)?),
-        _ => Some(timm_config::folder(converted.document(), &weights)?),
+        Some(Library::Hf) => Some(to_hf::folder(converted.document()?, &weights)?),
+        _ => Some(timm_config::folder(converted.document()?, &weights)?),
     };
     if let (Some(output), false) = (&args.output, args.dry_run) {
         write_model(args, output, &converted, folder.as_ref())?;
@@ -239,8 +241,8 @@ fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Res
 }
 
 /// Everything that was found, for `--report`.
-fn report_of(converted: &mut Converted) -> Value {
-    json!({ "config": converted.document().clone(), "found": explain::report(&converted.imported) })
+fn report_of(converted: &mut Converted) -> vit_convert::Result<Value> {
+    Ok(json!({ "config": converted.document()?.clone(), "found": explain::report(&converted.imported) }))
 }
 
 /// Class names from a file.

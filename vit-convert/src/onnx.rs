@@ -7,6 +7,7 @@ mod build;
 mod external;
 mod limits;
 mod proto;
+mod skeleton;
 mod sort;
 mod tensor;
 
@@ -14,19 +15,20 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     path::Path,
+    sync::Arc,
 };
 
 use bytes::Bytes;
 use prost::Message;
 
-use crate::{Error, Result, graph::Graph, map};
+use crate::{Error, Result, graph::Graph, stored::StoredFile};
 
-/// An ONNX file: its graph, and the bytes it was read from.
+/// An ONNX file: its graph, and the file itself.
 pub struct Model {
     /// The graph.
     pub graph: Graph,
-    /// The file itself (external data not included).
-    pub bytes: Bytes,
+    /// The file (external data not included).
+    pub file: Arc<StoredFile>,
 }
 
 /// Reads an ONNX file, and what it keeps in other files.
@@ -34,16 +36,18 @@ pub fn read(path: &Path) -> Result<Graph> {
     open(path).map(|model| model.graph)
 }
 
-/// As [`read`], and gives the file's bytes too.
+/// As [`read`], and gives the open file too.
 pub fn open(path: &Path) -> Result<Model> {
-    let bytes = file_bytes(path)?;
-    let folder = external::Folder::of(path)?;
-    let graph = parse(&bytes, &folder).map_err(|error| error.at(path))?;
-    Ok(Model { graph, bytes })
+    let file = open_file(path)?;
+    let folder = external::Folder::of(path, file.clone())?;
+    let mut graph = parse(&file, &folder).map_err(|error| error.at(path))?;
+    graph.files = folder.files().clone().list();
+    graph.check()?;
+    Ok(Model { graph, file })
 }
 
-/// The bytes of a model's file.
-fn file_bytes(path: &Path) -> Result<Bytes> {
+/// A model's file.
+fn open_file(path: &Path) -> Result<Arc<StoredFile>> {
     // looked at before it is opened, because opening a pipe waits
     let meta = fs::metadata(path).map_err(Error::io(path))?;
     if meta.is_dir() {
@@ -53,19 +57,23 @@ fn file_bytes(path: &Path) -> Result<Bytes> {
         return Err(Error::file(path, "is not a regular file"));
     }
     let file = File::open(path).map_err(Error::io(path))?;
-    let bytes = map::bytes(&file).map_err(Error::io(path))?;
-    if bytes.is_empty() {
+    let file = StoredFile::new(path, file).map_err(Error::io(path))?;
+    if file.is_empty() {
         return Err(Error::file(path, "is an empty file"));
     }
-    if let Some(what) = looks_like(&bytes) {
+    let start = file.read(0, usize::try_from(file.len()).unwrap_or(LOOK).min(LOOK));
+    file.check()?;
+    if let Some(what) = looks_like(&start) {
         return Err(Error::file(path, format!("is no ONNX model but {what}")));
     }
-    Ok(bytes)
+    Ok(Arc::new(file))
 }
 
-fn parse(bytes: &Bytes, folder: &external::Folder) -> Result<Graph> {
-    limits::scan(bytes)?;
-    let mut model = proto::ModelProto::decode(bytes.clone())
+/// Bytes that tell what a file is.
+const LOOK: usize = 512;
+
+fn parse(file: &StoredFile, folder: &external::Folder) -> Result<Graph> {
+    let mut model = proto::ModelProto::decode(Bytes::from(skeleton::of(file)?))
         .map_err(|error| Error::graph(format!("not an ONNX file, or a damaged one: {error}")))?;
     let opsets = opsets(&model.opset_import)?;
     let opset = *opsets.get("").ok_or_else(|| {
@@ -81,7 +89,7 @@ fn parse(bytes: &Bytes, folder: &external::Folder) -> Result<Graph> {
         return Err(Error::graph("holds no graph: not an ONNX model"));
     }
     normalise(&mut model, folder)?;
-    let mut graph = build::build(&model, &opsets)?;
+    let mut graph = build::build(&model, &opsets, &folder.files())?;
     graph.producer = format!("{} {}", model.producer_name.trim(), model.producer_version.trim());
     graph.producer.truncate(graph.producer.trim_end().len());
     graph.opset = opset;
@@ -146,8 +154,7 @@ fn normalise(model: &mut proto::ModelProto, folder: &external::Folder) -> Result
 }
 
 /// What a file that is no ONNX model looks like.
-fn looks_like(bytes: &[u8]) -> Option<&'static str> {
-    let start = bytes.get(..bytes.len().min(512)).unwrap_or(bytes);
+fn looks_like(start: &[u8]) -> Option<&'static str> {
     let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();
     let kinds: [(&[u8], &str); 6] = [
         (b"\x1f\x8b", "a gzip archive: unpack it first"),

@@ -49,6 +49,7 @@ impl Weights for Imports {
             return Err(vit_model::Error::tensor(name, "missing"));
         };
         let bytes = array.bytes();
+        array.check().map_err(|error| vit_model::Error::tensor(name, error.to_string()))?;
         check_finite(name, info.dtype, &bytes)?;
         Ok(bytes)
     }

@@ -19,7 +19,7 @@ use vit_model::{
     weights::{check_finite, widen},
 };
 
-use crate::{Error, Result, save};
+use crate::{Error, Result, save, stored::StoredFile};
 
 /// Bytes between two requests to begin with the writing to disk, so that the last one is short.
 const SYNC_EVERY: u64 = 32 << 20;
@@ -30,8 +30,8 @@ pub struct Options<'a> {
     pub dtype: Option<Dtype>,
     /// Threads that read and convert.
     pub threads: usize,
-    /// The ONNX file's bytes, where the document still lacks their SHA-256: it is computed while the tensors are written.
-    pub unhashed: Option<&'a [u8]>,
+    /// The ONNX file, where the document still lacks its SHA-256: it is computed while the tensors are written.
+    pub unhashed: Option<&'a StoredFile>,
     /// Files that must not be overwritten.
     pub inputs: &'a [&'a Path],
     /// Told how many bytes are done, of how many.
@@ -91,7 +91,7 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
 }
 
 fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    let (Some(info), Some(bytes)) = (info, options.unhashed) else {
+    let (Some(info), Some(hashed)) = (info, options.unhashed) else {
         let layout = Layout::new(info, weights.tensors(), options.dtype)?;
         return save::file(path, options.inputs, |file| fill(path, file, &layout, weights, options, || ()));
     };
@@ -104,8 +104,9 @@ fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options
     let draft = layout(&"0".repeat(64))?;
     save::file(path, options.inputs, |file| {
         let digest = OnceLock::new();
-        fill(path, file, &draft, weights, options, || drop(digest.set(crate::sha256(bytes))))?;
-        let header = layout(digest.get().map_or("", String::as_str))?.header;
+        fill(path, file, &draft, weights, options, || drop(digest.set(hashed.sha256())))?;
+        let digest = digest.into_inner().unwrap_or_else(|| hashed.sha256())?;
+        let header = layout(&digest)?.header;
         write_all_at(file, &header, 8).map_err(Error::io(path))
     })
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 
-use super::{domain, limits, proto, sort, tensor};
+use super::{domain, external::Files, limits, proto, sort, tensor};
 use crate::{
     Error, Result,
     graph::{Attr, DType, Graph, Node, SubGraph, Tensor, ValueId, ValueInfo},
@@ -15,9 +15,9 @@ use crate::{
 const REDEFINED: [(&str, i64); 4] = [("Softmax", 13), ("LogSoftmax", 13), ("Hardmax", 13), ("GroupNormalization", 21)];
 
 /// The graph of a model whose tensors are normalised.
-pub fn build(model: &proto::ModelProto, opsets: &BTreeMap<String, i64>) -> Result<Graph> {
+pub fn build(model: &proto::ModelProto, opsets: &BTreeMap<String, i64>, files: &Files) -> Result<Graph> {
     let main = model.graph.as_ref().ok_or_else(|| Error::graph("holds no graph"))?;
-    let mut builder = Builder { opsets: Some(opsets), ..Builder::default() };
+    let mut builder = Builder { opsets: Some(opsets), files: files.clone(), ..Builder::default() };
     for function in &model.functions {
         let key = (domain(&function.domain), function.name.as_str(), function.overload.as_str());
         if builder.functions.insert(key, function).is_some() {
@@ -115,6 +115,8 @@ struct Context<'a> {
 #[derive(Default)]
 struct Builder<'a> {
     opsets: Option<&'a BTreeMap<String, i64>>,
+    /// Where large elements are.
+    files: Files,
     functions: HashMap<(&'a str, &'a str, &'a str), &'a proto::FunctionProto>,
     names: Vec<String>,
     /// How often a name was wanted.
@@ -161,7 +163,7 @@ impl<'a> Builder<'a> {
         let mut initializers = BTreeMap::new();
         for tensor in tensors {
             let id = self.define(&tensor.name, scope, context)?;
-            initializers.insert(id, tensor::get(tensor)?);
+            initializers.insert(id, tensor::get(tensor, &self.files)?);
         }
         Ok(initializers)
     }
@@ -382,7 +384,7 @@ impl<'a> Builder<'a> {
             1 => Attr::Float(proto.f.unwrap_or_default()),
             2 => Attr::Int(proto.i.unwrap_or_default()),
             3 => Attr::Str(proto.s.clone().unwrap_or_default()),
-            4 => Attr::Tensor(tensor::get(proto.t.as_ref().ok_or_else(missing)?)?),
+            4 => Attr::Tensor(tensor::get(proto.t.as_ref().ok_or_else(missing)?, &self.files)?),
             5 => Attr::Graph(Box::new(self.body(
                 proto.g.as_ref().ok_or_else(missing)?,
                 scope,
@@ -459,7 +461,7 @@ fn kind(proto: &proto::AttributeProto) -> i32 {
 
 /// Brings the value of a `Constant` into its attribute `value`, whichever of the six attributes the file uses.
 fn constant(node: &mut Node) -> Result<()> {
-    let scalar = |dtype, bytes: &[u8]| Tensor { dtype, dims: Vec::new(), data: Bytes::copy_from_slice(bytes) };
+    let scalar = |dtype, bytes: &[u8]| Tensor { dtype, dims: Vec::new(), data: Bytes::copy_from_slice(bytes).into() };
     let list = |dtype, count, data: Vec<u8>| Tensor { dtype, dims: vec![count], data: data.into() };
     if node.attrs.len() != 1 {
         return Err(Error::node(node, format!("needs exactly one attribute, found {}", node.attrs.len())));

@@ -1,16 +1,38 @@
 //! Tensors in files beside the model: only regular files within the model's own folder, and exactly as many bytes as needed.
 
 use std::{
-    cell::RefCell,
+    cell::{Ref, RefCell},
     collections::HashMap,
     fs::{self, File},
     path::{Component, Path, PathBuf},
+    sync::Arc,
 };
 
-use bytes::Bytes;
+use super::{
+    limits, proto, skeleton,
+    tensor::{Failure, Place},
+};
+use crate::{
+    Error,
+    stored::{Data, StoredFile},
+};
 
-use super::{limits, proto, tensor::Failure};
-use crate::{Error, map};
+/// The files of a model: its own, then those of external data.
+#[derive(Clone, Default)]
+pub struct Files(Vec<Arc<StoredFile>>);
+
+impl Files {
+    /// The elements of a stretch.
+    pub fn data(&self, stretch: &proto::Stretch) -> Option<Data> {
+        let file = self.0.get(usize::try_from(stretch.file).ok()?)?.clone();
+        Some(Data::File { file, offset: stretch.offset, len: usize::try_from(stretch.len).ok()? })
+    }
+
+    /// All of them.
+    pub fn list(self) -> Vec<Arc<StoredFile>> {
+        self.0
+    }
+}
 
 /// The folder of a model, and the data files opened so far.
 pub struct Folder {
@@ -21,12 +43,14 @@ pub struct Folder {
     allowed: Vec<PathBuf>,
     /// The model itself, links resolved.
     model: PathBuf,
-    files: RefCell<HashMap<String, Bytes>>,
+    /// Index of a data file in `files`.
+    opened: RefCell<HashMap<String, u32>>,
+    files: RefCell<Files>,
 }
 
 impl Folder {
     /// The folder of the model at `path`.
-    pub fn of(path: &Path) -> Result<Self, Error> {
+    pub fn of(path: &Path, file: Arc<StoredFile>) -> Result<Self, Error> {
         let base = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
@@ -34,11 +58,17 @@ impl Folder {
         let model = fs::canonicalize(path).map_err(Error::io(path))?;
         let mut allowed = vec![fs::canonicalize(&base).map_err(Error::io(&base))?];
         allowed.extend(model.parent().map(Path::to_owned));
-        Ok(Self { base, allowed, model, files: RefCell::default() })
+        let files = RefCell::new(Files(vec![file]));
+        Ok(Self { base, allowed, model, opened: RefCell::default(), files })
     }
 
-    /// The bytes that the entries of `external_data` describe, `size` of them.
-    pub fn read(&self, entries: &[proto::StringStringEntryProto], size: usize) -> Result<Bytes, Failure> {
+    /// The files opened so far.
+    pub fn files(&self) -> Ref<'_, Files> {
+        self.files.borrow()
+    }
+
+    /// Where the bytes are that the entries of `external_data` describe, `size` of them.
+    pub fn find(&self, entries: &[proto::StringStringEntryProto], size: usize) -> Result<Place, Failure> {
         let entry = |key: &str| {
             let mut found = entries.iter().filter(|e| e.key == key);
             let first = found.next();
@@ -57,25 +87,33 @@ impl Folder {
         };
         let location =
             entry("location")?.ok_or_else(|| "is declared external, and does not say in which file".to_owned())?;
-        let offset = number("offset")?.unwrap_or(0);
+        let offset = number("offset")?.unwrap_or(0) as u64;
         if let Some(length) = number("length")?.filter(|&length| length != size) {
             return Err(format!("needs {size} bytes, its external length is {length}").into());
         }
-        let file = self.open(location)?;
-        let end = offset.checked_add(size).filter(|&end| end <= file.len());
-        let end = end.ok_or_else(|| {
-            format!(
+        let index = self.open(location)?;
+        let stretch = proto::Stretch { offset, len: size as u64, file: index };
+        let data = self.files().data(&stretch).ok_or_else(|| format!("has its data in `{location}`, not opened"))?;
+        let Data::File { file, .. } = &data else { return Err("is in no file".to_owned().into()) };
+        if offset.checked_add(size as u64).is_none_or(|end| end > file.len()) {
+            let why = format!(
                 "needs {size} bytes from byte {offset} of `{location}`, which has {} bytes (was it copied completely?)",
                 file.len()
-            )
-        })?;
-        Ok(file.slice(offset..end))
+            );
+            return Err(why.into());
+        }
+        if size > skeleton::IN_MEMORY {
+            return Ok(Place::Stretch(stretch));
+        }
+        let bytes = data.read();
+        data.check().map_err(Failure::Error)?;
+        Ok(Place::Here(bytes))
     }
 
-    /// The bytes of a data file.
-    fn open(&self, location: &str) -> Result<Bytes, Failure> {
-        if let Some(file) = self.files.borrow().get(location) {
-            return Ok(file.clone());
+    /// The index of a data file.
+    fn open(&self, location: &str) -> Result<u32, Failure> {
+        if let Some(&index) = self.opened.borrow().get(location) {
+            return Ok(index);
         }
         let refuse = |why: &str| Failure::Why(format!("has its data in `{location}`, {why}"));
         let relative = Path::new(location);
@@ -84,7 +122,7 @@ impl Folder {
         if location.is_empty() || !inside || !portable {
             return Err(refuse("which is no relative path (with `/`) within the model's folder"));
         }
-        if self.files.borrow().len() >= limits::DATA_FILES {
+        if self.opened.borrow().len() >= limits::DATA_FILES {
             return Err(format!("is in one of more than {} external files", limits::DATA_FILES).into());
         }
         let path = self.base.join(relative);
@@ -115,9 +153,12 @@ impl Folder {
                 "a file with another hard link, which may lie outside the model's folder: put a copy in its place",
             ));
         }
-        let bytes = map::bytes(&file).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
-        self.files.borrow_mut().insert(location.to_owned(), bytes.clone());
-        Ok(bytes)
+        let file = StoredFile::new(&path, file).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
+        let files = &mut self.files.borrow_mut().0;
+        let index = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        files.push(Arc::new(file));
+        self.opened.borrow_mut().insert(location.to_owned(), index);
+        Ok(index)
     }
 }
 

@@ -1,6 +1,7 @@
 //! ONNX's protobuf messages, as far as a graph's meaning needs them (`onnx.proto`, IR version 14); other fields are skipped.
 //!
-//! `bytes` fields are slices of the buffer they were decoded from: a mapped file is decoded without a copy.
+//! `bytes` fields are slices of the buffer they were decoded from. Large elements are not among them: a [`Stretch`] says
+//! where they are.
 
 use bytes::Bytes;
 use prost::Message;
@@ -149,6 +150,24 @@ pub struct TensorProto {
     pub external_data: Vec<StringStringEntryProto>,
     #[prost(int32, tag = "14")]
     pub data_location: i32,
+    /// Ours: where the elements are.
+    #[prost(message, optional, tag = "536870911")]
+    pub stretch: Option<Stretch>,
+}
+
+/// The number of [`TensorProto::stretch`], the last that there is; what a file has under it is dropped.
+pub const STRETCH: u32 = 536_870_911;
+
+/// Elements that stay in a file.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Stretch {
+    #[prost(uint64, tag = "1")]
+    pub offset: u64,
+    #[prost(uint64, tag = "2")]
+    pub len: u64,
+    /// Index of the file; 0 is the model's own.
+    #[prost(uint32, tag = "3")]
+    pub file: u32,
 }
 
 /// A part of a tensor; nobody writes one.

@@ -2,16 +2,20 @@
 
 use bytes::Bytes;
 
-use super::{external::Folder, limits, proto};
+use super::{
+    external::{Files, Folder},
+    limits, proto,
+};
 use crate::{
     Error, Result,
     graph::{DType, Tensor},
+    stored::Data,
 };
 
 /// `data_location`: in another file.
 const EXTERNAL: i32 = 1;
 
-/// Checks a tensor and brings its elements into `raw_data`, after which [`get`] is cheap; the other fields are left empty.
+/// Checks a tensor and brings its elements into `raw_data` or `stretch`, after which [`get`] is cheap; the other fields are left empty.
 pub fn normalise(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<()> {
     elements(tensor, folder).map_err(|why| match why {
         Failure::Why(why) => Error::tensor(tensor.name.clone(), why),
@@ -20,12 +24,21 @@ pub fn normalise(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<()>
 }
 
 /// A tensor that went through [`normalise`].
-pub fn get(tensor: &proto::TensorProto) -> Result<Tensor> {
+pub fn get(tensor: &proto::TensorProto, files: &Files) -> Result<Tensor> {
     let unread = || Error::tensor(tensor.name.clone(), "was not read");
     let dtype = DType::from_onnx(tensor.data_type).ok_or_else(unread)?;
     let dims = dims(&tensor.dims).map_err(|why| Error::tensor(tensor.name.clone(), why))?;
-    let data = tensor.raw_data.clone().ok_or_else(unread)?;
+    let data = match &tensor.stretch {
+        None => tensor.raw_data.clone().ok_or_else(unread)?.into(),
+        Some(stretch) => files.data(stretch).ok_or_else(unread)?,
+    };
     Ok(Tensor { dtype, dims, data })
+}
+
+/// Where elements are.
+pub enum Place {
+    Here(Bytes),
+    Stretch(proto::Stretch),
 }
 
 /// Why a tensor is refused: a reason to which its name is added, or a whole error.
@@ -62,7 +75,8 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
     ];
     let mut places: Vec<&str> = typed.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
     // some writers set an empty raw_data beside the field that counts
-    if tensor.raw_data.as_ref().is_some_and(|raw| !raw.is_empty()) {
+    let stretch = tensor.stretch.take().filter(|stretch| stretch.len > 0);
+    if stretch.is_some() || tensor.raw_data.as_ref().is_some_and(|raw| !raw.is_empty()) {
         places.push("raw_data");
     }
     let external = match tensor.data_location {
@@ -74,7 +88,7 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
         if !places.is_empty() {
             return Err(format!("is declared external, and has {} too", places.join(", ")).into());
         }
-        folder.read(&tensor.external_data, size)?
+        folder.find(&tensor.external_data, size)?
     } else {
         if places.len() > 1 {
             return Err(format!("has its elements in more than one place: {}", places.join(", ")).into());
@@ -84,18 +98,34 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
         if !fits {
             return Err(format!("of type {dtype:?} has its elements in {found}, not in {}", field_of(dtype)).into());
         }
-        if found == "raw_data" { tensor.raw_data.take().unwrap_or_default() } else { typed_data(tensor, dtype, count)? }
+        match stretch {
+            Some(stretch) => Place::Stretch(stretch),
+            None if found == "raw_data" => Place::Here(tensor.raw_data.take().unwrap_or_default()),
+            None => Place::Here(typed_data(tensor, dtype, count)?),
+        }
     };
-    if data.len() != size {
+    let len = match &data {
+        Place::Here(bytes) => bytes.len() as u64,
+        Place::Stretch(stretch) => stretch.len,
+    };
+    if len != size as u64 {
         let shape = if dims.is_empty() { "a scalar".to_owned() } else { format!("shape {dims:?}") };
-        return Err(format!("of type {dtype:?} and {shape} needs {size} bytes, found {}", data.len()).into());
+        return Err(format!("of type {dtype:?} and {shape} needs {size} bytes, found {len}").into());
     }
-    if dtype == DType::Bool && data.iter().any(|&b| b > 1) {
+    let bools = match &data {
+        _ if dtype != DType::Bool => Data::Memory(Bytes::new()),
+        Place::Here(bytes) => bytes.clone().into(),
+        Place::Stretch(stretch) => folder.files().data(stretch).ok_or_else(|| "is in no file".to_owned())?,
+    };
+    if bools.read().iter().any(|&b| b > 1) {
         return Err("has booleans other than 0 and 1".to_owned().into());
     }
     tensor.external_data = Vec::new();
     tensor.data_location = 0;
-    tensor.raw_data = Some(data);
+    match data {
+        Place::Here(bytes) => tensor.raw_data = Some(bytes),
+        Place::Stretch(stretch) => tensor.stretch = Some(stretch),
+    }
     Ok(())
 }
 

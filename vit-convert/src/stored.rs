@@ -1,0 +1,218 @@
+//! Elements of a constant: in memory, or a stretch of a file that is read whenever it is asked for.
+//!
+//! Nothing is mapped: who truncates a file under a map kills the process. A read that fails gives zeros here and is
+//! remembered; every result that was made from such elements is refused, see [`StoredFile::check`].
+
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
+use std::{
+    fs::{File, Metadata},
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+
+use crate::{Error, Result};
+
+/// Bytes at a time where a whole file is read.
+const CHUNK: usize = 1 << 20;
+
+/// An open regular file, and whether it is still what it was.
+#[derive(Debug)]
+pub struct StoredFile {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    opened: Metadata,
+    failed: OnceLock<String>,
+}
+
+impl StoredFile {
+    /// Takes an open file; `path` is for errors.
+    pub fn new(path: &Path, file: File) -> io::Result<Self> {
+        let opened = file.metadata()?;
+        Ok(Self { path: path.into(), file, len: opened.len(), opened, failed: OnceLock::new() })
+    }
+
+    /// Bytes that it had when it was opened.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// It had none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The open file; only its own cursor may be moved.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// `len` bytes from `offset` on; zeros where they cannot be had, which is remembered.
+    pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut out = vec![0; len];
+        if let Err(error) = read_exact_at(&self.file, &mut out, offset) {
+            let why = match error.kind() {
+                io::ErrorKind::UnexpectedEof => "became shorter while it was read".to_owned(),
+                _ => format!("could not be read: {error}"),
+            };
+            let _ = self.failed.set(why);
+            out.fill(0);
+        }
+        out
+    }
+
+    /// Every read so far gave what the file held when it was opened.
+    ///
+    /// # Errors
+    /// A read failed, or the file has changed since.
+    pub fn check(&self) -> Result<()> {
+        let now = self.file.metadata().map_err(Error::io(&self.path))?;
+        // not every system knows times
+        let written = matches!((now.modified(), self.opened.modified()), (Ok(now), Ok(then)) if now != then);
+        if now.len() != self.len {
+            let _ = self.failed.set(format!("had {} bytes and has {} now", self.len, now.len()));
+        } else if written {
+            let _ = self.failed.set("was written to".into());
+        }
+        match self.failed.get() {
+            None => Ok(()),
+            Some(why) => {
+                let why =
+                    format!("{why}: the file changed during the conversion; convert it again when it is complete");
+                Err(Error::file(&self.path, why))
+            }
+        }
+    }
+
+    /// The SHA-256 of the whole file, in hexadecimal digits.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn sha256(&self) -> Result<String> {
+        let mut digest = Sha256::new();
+        let mut at = 0;
+        while at < self.len {
+            let left = usize::try_from(self.len.saturating_sub(at)).unwrap_or(CHUNK);
+            let part = self.read(at, left.min(CHUNK));
+            digest.update(&part);
+            at = at.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
+        }
+        self.check()?;
+        Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !out.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                out = out.get_mut(n..).unwrap_or_default();
+                offset = offset.saturating_add(n.try_into().unwrap_or(u64::MAX));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The elements of a constant.
+#[derive(Clone, Debug)]
+pub enum Data {
+    /// In memory.
+    Memory(Bytes),
+    /// In a file.
+    File {
+        /// The file.
+        file: Arc<StoredFile>,
+        /// Where they begin.
+        offset: u64,
+        /// How many bytes they are.
+        len: usize,
+    },
+}
+
+impl Data {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Memory(bytes) => bytes.len(),
+            Self::File { len, .. } => *len,
+        }
+    }
+
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All bytes; from a file they are read anew.
+    pub fn read(&self) -> Bytes {
+        self.range(0..self.len())
+    }
+
+    /// The bytes of a range, which ends where they end.
+    pub fn range(&self, range: Range<usize>) -> Bytes {
+        let end = range.end.min(self.len());
+        let start = range.start.min(end);
+        match self {
+            Self::Memory(bytes) => bytes.slice(start..end),
+            Self::File { file, offset, .. } => {
+                let from = offset.saturating_add(u64::try_from(start).unwrap_or(u64::MAX));
+                file.read(from, end.saturating_sub(start)).into()
+            }
+        }
+    }
+
+    /// It is the same stretch of memory, or of the same file.
+    pub fn same_place(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Memory(a), Self::Memory(b)) => a.as_ptr() == b.as_ptr() && a.len() == b.len(),
+            (Self::File { file: f, offset: a, len: m }, Self::File { file: g, offset: b, len: n }) => {
+                Arc::ptr_eq(f, g) && a == b && m == n
+            }
+            _ => false,
+        }
+    }
+
+    /// Reads from its file have been good.
+    ///
+    /// # Errors
+    /// As [`StoredFile::check`].
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Memory(_) => Ok(()),
+            Self::File { file, .. } => file.check(),
+        }
+    }
+}
+
+impl PartialEq for Data {
+    fn eq(&self, other: &Self) -> bool {
+        self.len() == other.len() && (self.same_place(other) || self.read() == other.read())
+    }
+}
+
+impl From<Vec<u8>> for Data {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Memory(bytes.into())
+    }
+}
+
+impl From<Bytes> for Data {
+    fn from(bytes: Bytes) -> Self {
+        Self::Memory(bytes)
+    }
+}
