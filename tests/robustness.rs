@@ -69,3 +69,205 @@ fn a_checkpoint_that_becomes_shorter_while_it_is_read_is_an_error() {
     let failed: Vec<String> = failed.collect();
     assert!(failed.len() >= names.len() - 1 && failed.iter().all(|said| said.contains("m.safetensors")), "{failed:?}");
 }
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
+    }
+
+    fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
+        &list[self.below(list.len())]
+    }
+
+    /// A place in a file; mostly one near text, where names and structure are rather than weights.
+    fn place(&mut self, bytes: &[u8]) -> usize {
+        for _ in 0..32 {
+            let at = self.below(bytes.len());
+            let around = &bytes[at.saturating_sub(4)..(at + 8).min(bytes.len())];
+            let text = around.iter().filter(|b| b.is_ascii_graphic() || **b == b' ').count();
+            if text * 3 >= around.len() * 2 {
+                return at.saturating_sub(self.below(6));
+            }
+        }
+        self.below(bytes.len())
+    }
+
+    /// A file broken in one to four places.
+    fn broken(&mut self, seeds: &[Vec<u8>]) -> Vec<u8> {
+        const NUMBERS: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
+        const TEXTS: [&[u8]; 9] =
+            [b"-1", b"1e999", b"NaN", b"null", b"{", b"]", b"\"", b"18446744073709551616", b"\xff\xff\xff\xff\x0f"];
+        let mut bytes = self.pick(seeds).clone();
+        for _ in 0..=self.below(4) {
+            if bytes.is_empty() {
+                return bytes;
+            }
+            let at = self.place(&bytes);
+            let end = (at + 1 + self.below(16)).min(bytes.len());
+            match self.below(9) {
+                0 => bytes[at] ^= 1 << self.below(8),
+                1 => bytes[at] = self.below(256) as u8,
+                2 => drop(bytes.drain(at..end)),
+                3 => bytes.truncate(at),
+                4 => drop(bytes.splice(at..at, bytes[at..end].to_vec())),
+                5 => {
+                    let number = self.pick(&NUMBERS).to_le_bytes();
+                    let n = [1, 2, 4, 8][self.below(4)].min(bytes.len() - at);
+                    bytes[at..at + n].copy_from_slice(&number[..n]);
+                }
+                6 => drop(bytes.splice(at..end, self.pick(&TEXTS).to_vec())),
+                7 => {
+                    let other = self.pick(seeds);
+                    let from = self.below(other.len());
+                    let part = other[from..(from + 1 + self.below(64)).min(other.len())].to_vec();
+                    drop(bytes.splice(at..end, part));
+                }
+                // a digit is another digit
+                _ => {
+                    if let Some(digit) = bytes[at..].iter_mut().take(64).find(|b| b.is_ascii_digit()) {
+                        *digit = b'0' + self.below(10) as u8;
+                    }
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// Feeds broken files to a reader; returns how many it accepted. `VIT_BROKEN` multiplies the number of files,
+/// `VIT_BROKEN_SEED` sets the seed; `fuzz/` does the same guided by coverage.
+fn feed(what: &str, count: usize, seeds: &[Vec<u8>], mut read: impl FnMut(&[u8]) -> bool) -> usize {
+    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let count = count * number("VIT_BROKEN", 1) as usize;
+    let seed = number("VIT_BROKEN_SEED", 1);
+    assert!(seeds.len() > 2 && seeds.iter().all(|seed| read(seed)), "{what}: a seed is refused");
+    let mut accepted = 0;
+    for k in 0..count {
+        let bytes = Random(seed << 32 | k as u64).broken(seeds);
+        let start = std::time::Instant::now();
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&bytes)));
+        if read.is_err() {
+            let kept = std::env::temp_dir().join(format!("vit-broken-{seed}-{k}.{what}"));
+            fs::write(&kept, &bytes).unwrap();
+            panic!("{what}: file {k} of seed {seed} panics, see above; it is kept as {}", kept.display());
+        }
+        accepted += usize::from(matches!(read, Ok(true)));
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{what}: file {k} of seed {seed} takes {:?}",
+            start.elapsed()
+        );
+    }
+    println!("{what}: {count} files, {accepted} accepted");
+    accepted
+}
+
+fn files(paths: impl IntoIterator<Item = std::path::PathBuf>) -> Vec<Vec<u8>> {
+    paths
+        .into_iter()
+        .map(|path| fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+        .collect()
+}
+
+#[test]
+fn broken_onnx_files_are_errors() {
+    let seeds = files(
+        ["timm-base-d18-fused", "timm-base-l9-eager", "hf-vit-l17-eager", "tv-vit-l17-nofold", "post-ortvit-timm-l14e"]
+            .map(zoo),
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.onnx");
+    feed("onnx", 4000, &seeds, |bytes| {
+        fs::write(&path, bytes).unwrap();
+        vit_convert::onnx::read(&path).and_then(|graph| vit_convert::import(&graph)).is_ok()
+    });
+}
+
+#[test]
+fn broken_checkpoints_are_errors() {
+    let parity = |case: &str| root().join("tests/fixtures/parity/timm").join(case).join("model.safetensors");
+    let folder = tempfile::tempdir().unwrap();
+    let ours = |case: &str| {
+        let output = folder.path().join("seed.safetensors");
+        write_to(&output, &convert(&zoo(case), &Options { verify: false, ..Options::default() }).unwrap()).unwrap();
+        fs::read(&output).unwrap()
+    };
+    let mut seeds = files([root().join("weights/digits/model.safetensors")]);
+    seeds.extend(["timm-base-d18-fused", "hf-clip-l17-sdpa", "timm-swiglu-l16"].map(ours));
+    let path = folder.path().join("m.safetensors");
+    let read = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        let Ok(checkpoint) = vit_model::load::open(&path) else { return false };
+        checkpoint.weights.tensors().keys().all(|name| checkpoint.weights.read_f32(name).is_ok())
+    };
+    feed("safetensors", 8000, &seeds, read);
+    // names that are not ours, in a file without a document
+    let others = files(["vit_base_patch16_224", "test_vit4", "flexivit_small"].map(parity));
+    feed("header", 4000, &others, |bytes| {
+        fs::write(&path, bytes).unwrap();
+        let Ok(file) = Safetensors::open(&path) else { return false };
+        file.tensors().keys().all(|name| file.read(name).is_ok())
+    });
+}
+
+#[test]
+fn broken_configurations_and_labels_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    for (kind, cases, name) in [
+        ("timm", ["vit_base_patch16_224", "test_vit4", "flexivit_small"], "config.json"),
+        ("hf", ["vit_cls", "dinov2_cls", "siglip_vision"], "config.json"),
+        ("hf", ["vit_cls", "dinov2_cls", "siglip_vision"], "preprocessor_config.json"),
+    ] {
+        for case in cases {
+            let source = root().join("tests/fixtures/parity").join(kind).join(case);
+            for file in ["model.safetensors", "config.json", "preprocessor_config.json"] {
+                if source.join(file).is_file() {
+                    fs::copy(source.join(file), folder.path().join(file)).unwrap();
+                }
+            }
+            let Ok(seed) = fs::read(source.join(name)) else { continue };
+            feed(&format!("{case}.{name}"), 1000, &vec![seed; 3], |bytes| {
+                fs::write(folder.path().join(name), bytes).unwrap();
+                let Ok(checkpoint) = vit_model::load::open(folder.path()) else { return false };
+                vit_model::preprocess::Preprocess::new(&checkpoint.info.preprocess).is_ok()
+            });
+        }
+    }
+    let mut seeds = files([root().join("weights/digits/labels.txt")]);
+    seeds.extend([br#"{"0": "daisy", "1": "dandelion"}"#.to_vec(), br#"["daisy", "dandelion"]"#.to_vec()]);
+    feed("labels", 10000, &seeds, |bytes| vit_model::labels::parse(bytes).is_ok());
+}
+
+#[test]
+fn broken_images_are_errors() {
+    use vit_model::{PreprocessConfig, image::Image, preprocess::Preprocess};
+    let folders = ["tests/fixtures/images", "tests/fixtures/preprocess/images"].map(|name| root().join(name));
+    let entries = folders.iter().flat_map(|folder| fs::read_dir(folder).unwrap());
+    let mut paths: Vec<_> =
+        entries.map(|entry| entry.unwrap().path()).filter(|path| Image::open(path, true).is_ok()).collect();
+    paths.sort();
+    assert!(paths.len() >= 20, "{paths:?}");
+    let preprocess = Preprocess::new(&PreprocessConfig {
+        input_size: [3, 24, 32],
+        interpolation: "bicubic".into(),
+        crop_pct: 0.9,
+        crop_mode: "center".into(),
+        mean: vec![0.5; 3],
+        std: vec![0.5; 3],
+        resize: None,
+        torchvision: false,
+        white_key: false,
+    })
+    .unwrap();
+    feed("images", 6000, &files(paths), |bytes| {
+        let Ok(image) = Image::decode(bytes, true) else { return false };
+        preprocess.apply(&image).is_ok_and(|pixels| pixels.len() == 3 * 24 * 32 && pixels.iter().all(|v| v.is_finite()))
+    });
+}
