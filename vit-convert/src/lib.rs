@@ -147,13 +147,6 @@ fn second_opinion(graph: &graph::Graph, file: &StoredFile, imported: &Imported, 
 
 /// The document: what was recovered, and what the user adds.
 fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Result<ModelInfo> {
-    // over floats it has been taken into the weights, and the pixels stay as the graph wants them
-    if imported.preprocess_known && imported.input.bytes {
-        return Err(Error::graph(
-            "the graph normalises its input itself (mean and standard deviation, or bytes): export the model without its \
-             preprocessing, and say what it is with --preprocess",
-        ));
-    }
     let model = imported.config.clone();
     let mut preprocess = options.preprocess.clone().unwrap_or_else(|| imported.preprocess.clone());
     let [h, w] = model.img_size;
@@ -185,5 +178,12 @@ fn prove(graph: &graph::Graph, imported: &Imported, info: &ModelInfo) -> Result<
 }
 
 fn reading(imported: &Imported) -> verify::Reading {
-    verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() }
+    let mut reading = verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() };
+    // over floats the graph's normalisation has been taken into the weights; over bytes the model's preprocessing does it
+    if imported.input.bytes {
+        let PreprocessConfig { mean, std, .. } = &imported.preprocess;
+        reading.scale = std.iter().map(|std| 1.0 / (255.0 * std)).collect();
+        reading.shift = mean.iter().zip(std).map(|(mean, std)| -mean / std).collect();
+    }
+    reading
 }
