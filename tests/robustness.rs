@@ -271,3 +271,46 @@ fn broken_images_are_errors() {
         preprocess.apply(&image).is_ok_and(|pixels| pixels.len() == 3 * 24 * 32 && pixels.iter().all(|v| v.is_finite()))
     });
 }
+
+/// Numbers that no arithmetic on sizes may overflow on: a ratio without bounds, and a shape that is empty but for a
+/// product of its other dimensions that no number holds.
+#[test]
+fn sizes_that_overflow_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let from =
+        |case: &str, name: &str| fs::read(root().join("tests/fixtures/parity/hf").join(case).join(name)).unwrap();
+    let refused = |config: &[u8], weights: &[u8], text: &str| {
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        fs::write(folder.path().join("model.safetensors"), weights).unwrap();
+        let said = vit_model::load::open(folder.path()).unwrap_err().to_string();
+        assert!(said.contains(text), "{said}");
+    };
+    let mut config: serde_json::Value = serde_json::from_slice(&from("dinov2_cls", "config.json")).unwrap();
+    for swiglu in [false, true] {
+        config["mlp_ratio"] = 1e300.into();
+        config["use_swiglu_ffn"] = swiglu.into();
+        refused(config.to_string().as_bytes(), &from("dinov2_cls", "model.safetensors"), "mlp_");
+    }
+
+    let weights = from("siglip_vision", "model.safetensors");
+    let (length, rest) = weights.split_at(8);
+    let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&rest[..length]).unwrap();
+    let entries = header.as_object_mut().unwrap();
+    let name = entries.keys().find(|name| name.ends_with("in_proj_weight")).unwrap().clone();
+    let begin = entries[&name]["data_offsets"][0].as_u64().unwrap();
+    let end = entries[&name]["data_offsets"][1].as_u64().unwrap();
+    for (_, entry) in entries.iter_mut().filter(|(name, _)| *name != "__metadata__") {
+        for at in 0..2 {
+            let offset = entry["data_offsets"][at].as_u64().unwrap();
+            entry["data_offsets"][at] = if offset >= end { offset - (end - begin) } else { offset }.into();
+        }
+    }
+    entries[&name] = serde_json::json!({ "dtype": "F32", "shape": [0, 1u64 << 62, 8], "data_offsets": [begin, begin] });
+    let header = header.to_string();
+    let data = &rest[length..];
+    let broken =
+        [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data[..begin as usize], &data[end as usize..]]
+            .concat();
+    refused(&from("siglip_vision", "config.json"), &broken, "in_proj_weight");
+}

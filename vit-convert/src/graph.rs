@@ -4,6 +4,9 @@
 //! of `value`, `value_float`, `value_floats`, `value_int`, `value_ints` the file has (only `value_string` and
 //! `value_strings` stay, as [`Attr::Str`] and [`Attr::Strings`]).
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;

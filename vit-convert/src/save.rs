@@ -1,5 +1,8 @@
 //! An output file appears whole or not at all: a sibling temporary, synced, renamed; nothing left after a failure or a signal.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions},

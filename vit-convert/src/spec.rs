@@ -1,5 +1,8 @@
 //! The parts of a ViT → its configuration and its tensors under timm's names, read from the file when they are asked for.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::collections::BTreeMap;
 
 use vit_model::config::{Config, PreprocessConfig};

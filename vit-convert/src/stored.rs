@@ -22,6 +22,11 @@ use crate::{Error, Result};
 /// Bytes at a time where a whole file is read.
 const CHUNK: usize = 1 << 20;
 
+/// A size in memory as a place in a file.
+pub(crate) fn wide(size: usize) -> u64 {
+    u64::try_from(size).unwrap_or(u64::MAX)
+}
+
 /// An open regular file, and whether it is still what it was.
 #[derive(Debug)]
 pub struct StoredFile {
@@ -102,7 +107,7 @@ impl StoredFile {
             let left = usize::try_from(self.len.saturating_sub(at)).unwrap_or(CHUNK);
             let part = self.read(at, left.min(CHUNK));
             digest.update(&part);
-            at = at.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
+            at = at.saturating_add(wide(part.len()));
         }
         self.check()?;
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
@@ -170,7 +175,7 @@ impl Data {
         match self {
             Self::Memory(bytes) => bytes.slice(start..end),
             Self::File { file, offset, .. } => {
-                let from = offset.saturating_add(u64::try_from(start).unwrap_or(u64::MAX));
+                let from = offset.saturating_add(wide(start));
                 file.read(from, end.saturating_sub(start)).into()
             }
         }

@@ -1,5 +1,8 @@
 //! `Config`: every switch of the ViT family as data, and the JSON document that our files carry.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -287,22 +290,24 @@ impl ModelInfo {
 impl Config {
     /// Rows and columns of patches: `floor(img_size / patch_size)`.
     pub fn grid(&self) -> [usize; 2] {
-        [self.img_size[0] / self.patch_size[0], self.img_size[1] / self.patch_size[1]]
+        let ([h, w], [p, q]) = (self.img_size, self.patch_size);
+        [h.checked_div(p).unwrap_or(0), w.checked_div(q).unwrap_or(0)]
     }
 
     /// Patches of an image.
     pub fn num_patches(&self) -> usize {
-        self.grid()[0] * self.grid()[1]
+        let [h, w] = self.grid();
+        h.saturating_mul(w)
     }
 
     /// Tokens before the patches: class, distillation and registers.
     pub fn num_prefix_tokens(&self) -> usize {
-        usize::from(self.class_token) + usize::from(self.dist_token) + self.reg_tokens
+        self.reg_tokens.saturating_add(usize::from(self.class_token)).saturating_add(usize::from(self.dist_token))
     }
 
     /// Tokens of an image.
     pub fn num_tokens(&self) -> usize {
-        self.num_patches() + self.num_prefix_tokens()
+        self.num_patches().saturating_add(self.num_prefix_tokens())
     }
 
     /// Patches of an image at most.
@@ -320,12 +325,12 @@ impl Config {
 
     /// Width of the vector that pooling makes.
     pub fn pooled_dim(&self) -> usize {
-        if self.global_pool == Pool::TokenAvg { 2 * self.embed_dim } else { self.embed_dim }
+        if self.global_pool == Pool::TokenAvg { self.embed_dim.saturating_mul(2) } else { self.embed_dim }
     }
 
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
-        self.embed_dim / self.num_heads
+        self.embed_dim.checked_div(self.num_heads).unwrap_or(0)
     }
 
     /// Refuses what no model can have, before anything is allocated from it.

@@ -1,5 +1,8 @@
 //! A folder as found on the Hub, timm's or transformers', → [`Checkpoint`].
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     collections::BTreeMap,
     path::{Component, Path},
@@ -134,12 +137,13 @@ impl Shards {
                 Some(&at) => at,
                 None if opened.len() >= MAX_SHARDS => return Err(fail(format!("names more than {MAX_SHARDS} files"))),
                 None => {
+                    let at = shards.files.len();
                     shards.files.push(Safetensors::open(&folder.join(name))?);
-                    opened.insert(name, shards.files.len() - 1);
-                    shards.files.len() - 1
+                    opened.insert(name, at);
+                    at
                 }
             };
-            let shard = &shards.files[at];
+            let Some(shard) = shards.files.get(at) else { continue };
             match shard.tensors().get(tensor) {
                 Some(info) => {
                     shards.of.insert(tensor.clone(), at);

@@ -3,6 +3,9 @@
 //! ViT, ViT-MAE, ViT-MSN, I-JEPA, DeiT, DINOv2 (with registers too), CLIP's and SigLIP's vision towers. Every tensor of
 //! the file must have its place, but for those that a Vision Transformer's answers do not depend on ([`HARMLESS`]).
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -103,9 +106,9 @@ pub(crate) fn info(
     let swiglu = family == Family::Dinov2 && get.flag("use_swiglu_ffn", false)?;
     let mlp_hidden = match family {
         Family::Dinov2 => {
-            let hidden = (get.real("mlp_ratio", 4.0)? * dim as f64) as usize;
+            let hidden = scaled(dim, get.real("mlp_ratio", 4.0)?);
             // as transformers rounds it: two thirds, up to a multiple of 8, then gate and value
-            if swiglu { (hidden * 2 / 3).div_ceil(8) * 8 * 2 } else { hidden }
+            if swiglu { (hidden.saturating_mul(2) / 3).div_ceil(8).saturating_mul(16) } else { hidden }
         }
         _ => get.number("intermediate_size", 3072)?,
     };
@@ -133,7 +136,7 @@ pub(crate) fn info(
         class_token: model_type != "ijepa" && family != Family::Siglip,
         dist_token: teacher,
         // without a teacher's head, DeiT's distillation token goes along unread, as a register does
-        reg_tokens: registers + usize::from(model_type == "deit" && !teacher),
+        reg_tokens: registers.saturating_add(usize::from(model_type == "deit" && !teacher)),
         // transformers' positions cover the class token and not the registers; timm's then cover neither
         no_embed_class: registers > 0,
         pos_embed: true,
@@ -197,7 +200,9 @@ fn labels(config: &Value, classes: usize) -> Result<Option<Vec<String>>> {
     for (id, name) in map {
         let name = name.as_str().ok_or_else(|| fail(format!("`id2label` of {id:?} must be a name, found {name}")))?;
         let slot = id.parse().ok().and_then(|id: usize| labels.get_mut(id));
-        match slot.ok_or_else(|| fail(format!("`id2label` has the class {id:?}, expected 0 to {}", classes - 1)))? {
+        match slot
+            .ok_or_else(|| fail(format!("`id2label` has the class {id:?}, expected one of {classes} from 0 on")))?
+        {
             Some(_) => return Err(fail(format!("`id2label` has the class {id:?} twice"))),
             slot => *slot = Some(name.to_owned()),
         }
@@ -408,7 +413,7 @@ impl Names {
         for (end, theirs) in [("weight", "head.attention.in_proj_weight"), ("bias", "head.attention.in_proj_bias")] {
             let theirs = self.their(theirs);
             self.recipes.insert(format!("attn_pool.q.{end}"), Recipe::Rows(theirs.clone(), 0, dim));
-            self.recipes.insert(format!("attn_pool.kv.{end}"), Recipe::Rows(theirs, dim, 2 * dim));
+            self.recipes.insert(format!("attn_pool.kv.{end}"), Recipe::Rows(theirs, dim, dim.saturating_mul(2)));
         }
         self.linear("attn_pool.proj", "head.attention.out_proj", true);
         self.linear("attn_pool.norm", "head.layernorm", true);
@@ -443,39 +448,42 @@ impl Renamed {
                 infos.push((part, found.get(part).ok_or_else(|| Error::tensor(part, "missing"))?));
             }
             let Some(shape) = expected.get(name) else { continue };
-            let (count, row) = (shape.iter().product::<usize>(), shape.iter().skip(1).product::<usize>());
-            let elements = |info: &TensorInfo| info.shape.iter().product::<usize>();
+            let (count, row) = (product(shape), product(shape.get(1..).unwrap_or_default()));
+            let elements = |info: &TensorInfo| product(&info.shape);
+            let Some(&(part, first)) = infos.first() else { continue };
             let fits = match recipe {
                 // a leading axis of 1 may be left out; everything else must be the same
-                Recipe::Take(_) => squeezed(&infos[0].1.shape) == squeezed(shape),
+                Recipe::Take(_) => squeezed(&first.shape) == squeezed(shape),
                 Recipe::Stack(_) => {
                     let rows = shape.first().copied().unwrap_or(0) / 3;
-                    infos.iter().all(|(_, info)| info.shape.first() == Some(&rows) && elements(info) == rows * row)
-                        && infos.iter().all(|(_, info)| info.dtype == infos[0].1.dtype)
+                    infos.iter().all(|(_, info)| {
+                        info.shape.first() == Some(&rows) && elements(info) == rows.saturating_mul(row)
+                    }) && infos.iter().all(|(_, info)| info.dtype == first.dtype)
                 }
                 Recipe::Rows(_, from, rows) => {
-                    let theirs = &infos[0].1.shape;
-                    let theirs = if theirs.len() == 3 && theirs[0] == 1 { &theirs[1..] } else { theirs };
-                    let width: usize = theirs.iter().skip(1).product();
-                    width * rows == count
-                        && theirs.first().is_some_and(|&n| n == from + rows || *from == 0 && n == 3 * rows)
+                    let theirs = match &first.shape[..] {
+                        [1, rest @ ..] if rest.len() == 2 => rest,
+                        all => all,
+                    };
+                    let there = [from.saturating_add(*rows), rows.saturating_mul(3)];
+                    product(theirs.get(1..).unwrap_or_default()).saturating_mul(*rows) == count
+                        && theirs.first().is_some_and(|n| *n == there[0] || *from == 0 && *n == there[1])
                 }
                 Recipe::ClassPlusPosition { .. } => {
-                    elements(infos[0].1) == count
-                        && infos[1].1.shape.last() == shape.last()
-                        && elements(infos[1].1) >= count
+                    let fits =
+                        |positions: &TensorInfo| positions.shape.last() == shape.last() && elements(positions) >= count;
+                    elements(first) == count && infos.get(1).is_some_and(|(_, positions)| fits(positions))
                 }
             };
             if !fits {
-                let (part, info) = infos[0];
                 return Err(Error::tensor(
                     part,
-                    format!("has the shape {:?}, which does not fit timm's `{name}` {shape:?}", info.shape),
+                    format!("has the shape {:?}, which does not fit timm's `{name}` {shape:?}", first.shape),
                 ));
             }
             let dtype = match recipe {
                 Recipe::ClassPlusPosition { .. } => Dtype::F32,
-                _ => infos[0].1.dtype,
+                _ => first.dtype,
             };
             tensors.insert(name.clone(), TensorInfo { dtype, shape: shape.clone() });
         }
@@ -494,7 +502,18 @@ impl Renamed {
 /// A shape without its leading ones.
 fn squeezed(shape: &[usize]) -> &[usize] {
     let ones = shape.iter().take_while(|&&n| n == 1).count();
-    &shape[ones..]
+    shape.get(ones..).unwrap_or_default()
+}
+
+/// Elements of a shape: a file may have a dimension of 0 before ones whose product no number holds.
+fn product(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |n, &d| n.saturating_mul(d))
+}
+
+/// A width times a ratio, rounded down as Python's `int` does.
+#[allow(clippy::as_conversions)] // out of range it is the largest number, which no configuration may have
+fn scaled(width: usize, ratio: f64) -> usize {
+    (width as f64 * ratio) as usize
 }
 
 impl Weights for Renamed {
@@ -515,10 +534,10 @@ impl Weights for Renamed {
             }
             Recipe::Rows(part, from, rows) => {
                 let info = self.tensors.get(name).ok_or_else(missing)?;
-                let len = info.shape.iter().product::<usize>() * info.dtype.size();
-                let start = len / rows.max(&1) * from;
+                let len = product(&info.shape).saturating_mul(info.dtype.size());
+                let start = len.checked_div(*rows).unwrap_or(0).saturating_mul(*from);
                 let bytes = self.inner.read(part)?;
-                bytes.get(start..start + len).map(<[u8]>::to_vec).ok_or_else(missing)
+                bytes.get(start..start.saturating_add(len)).map(<[u8]>::to_vec).ok_or_else(missing)
             }
             Recipe::ClassPlusPosition { class, positions } => {
                 let f32s = |part: &str| {

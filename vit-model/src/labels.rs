@@ -1,5 +1,8 @@
 //! From logits to an answer: probabilities, the best classes, and their names.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 
@@ -27,22 +30,24 @@ pub struct Prediction {
 ///
 /// A NaN or an infinite logit has no probability, and is an error that names the class.
 pub fn softmax(logits: &[f32]) -> Result<Vec<f32>> {
-    if let Some(class) = logits.iter().position(|l| !l.is_finite()) {
-        let found = logits[class];
+    if let Some((class, found)) = logits.iter().enumerate().find(|(_, l)| !l.is_finite()) {
         return Err(Error::Input(format!(
             "the model answers {found} for class {class}; no class can be named from that"
         )));
     }
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let exp: Vec<f64> = logits.iter().map(|&l| (l as f64 - max).exp()).collect();
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let exp: Vec<f64> = logits.iter().map(|&l| (f64::from(l) - max).exp()).collect();
     let sum: f64 = exp.iter().sum();
-    Ok(exp.into_iter().map(|e| (e / sum) as f32).collect())
+    #[allow(clippy::as_conversions)] // rounds
+    let round = |p: f64| p as f32;
+    Ok(exp.into_iter().map(|e| round(e / sum)).collect())
 }
 
 /// Indices of the `k` largest values, largest first; equal values in index order. NaN counts as smallest.
 pub fn top_k(values: &[f32], k: usize) -> Vec<usize> {
     let by_value = |&a: &usize, &b: &usize| -> Ordering {
-        let (x, y) = (values[a], values[b]);
+        let value = |i: usize| values.get(i).copied().unwrap_or(f32::NAN);
+        let (x, y) = (value(a), value(b));
         x.is_nan().cmp(&y.is_nan()).then(y.partial_cmp(&x).unwrap_or(Ordering::Equal)).then(a.cmp(&b))
     };
     let mut best: Vec<usize> = (0..values.len()).collect();
@@ -57,13 +62,11 @@ pub fn top_k(values: &[f32], k: usize) -> Vec<usize> {
 /// The `k` best classes of one row of logits.
 pub fn predictions(logits: &[f32], labels: Option<&[String]>, k: usize) -> Result<Vec<Prediction>> {
     let probabilities = softmax(logits)?;
-    let answer = |class| Prediction {
-        class,
-        label: name(labels, class),
-        probability: probabilities[class],
-        logit: logits[class],
+    let answer = |class| {
+        let (&probability, &logit) = (probabilities.get(class)?, logits.get(class)?);
+        Some(Prediction { class, label: name(labels, class), probability, logit })
     };
-    Ok(top_k(logits, k).into_iter().map(answer).collect())
+    Ok(top_k(logits, k).into_iter().filter_map(answer).collect())
 }
 
 /// The name of a class, or its index in decimal where there is none.
@@ -140,6 +143,7 @@ fn as_name(value: &Value) -> Result<String, String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod tests {
     use super::*;
 

@@ -1,5 +1,8 @@
 //! A file or a folder → [`Checkpoint`]: the document and the weights under timm's names, every name and shape checked.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -102,7 +105,9 @@ pub(crate) fn small_file(path: &Path) -> Result<Vec<u8>> {
     }
     let file = fs::File::open(path).map_err(Error::io(path))?;
     let mut bytes = Vec::new();
-    file.take(json::MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    file.take(u64::try_from(json::MAX_BYTES).unwrap_or(u64::MAX).saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(Error::io(path))?;
     Ok(bytes)
 }
 
@@ -129,7 +134,10 @@ pub fn check(config: &Config, weights: &dyn Weights) -> Result<()> {
     let found = weights.tensors();
     let list = |names: &[&str]| {
         let shown = names.iter().take(5).map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        if names.len() > 5 { format!("{shown} and {} more", names.len() - 5) } else { shown }
+        match names.len().saturating_sub(5) {
+            0 => shown,
+            more => format!("{shown} and {more} more"),
+        }
     };
     for (name, shape) in &expected {
         if let Some(info) = found.get(name).filter(|info| info.shape != *shape) {

@@ -3,6 +3,9 @@
 //! The names and sizes are those of timm 1.0.31, `vision_transformer.py` (163) and `deit.py` (16). A family is what its
 //! members have in common; a row is a member's size.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use crate::config::{
     Activation::{self, GeluTanh, QuickGelu, Silu},
     BlockKind::{self, DiffParallelScaling, ParallelScaling, ParallelThings, ResPost},
@@ -37,7 +40,9 @@ impl Architecture {
     #[must_use]
     pub fn derive(mut self) -> Self {
         let c = &mut self.config;
-        c.mlp_hidden = (c.embed_dim as f64 * self.mlp_ratio) as usize;
+        #[allow(clippy::as_conversions)] // rounded down, as Python's `int` does
+        let hidden = (c.embed_dim as f64 * self.mlp_ratio) as usize;
+        c.mlp_hidden = hidden;
         c.patch_bias = !c.pre_norm;
         let pooled = matches!(c.global_pool, Pool::Avg | Pool::Max | Pool::Avgmax);
         c.fc_norm = c.final_norm && self.fc_norm.unwrap_or(pooled);
@@ -374,6 +379,7 @@ const FAMILIES: &[Family] = &[
 ];
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 mod tests {
     use super::{Architecture, all};
     use crate::load::parameters;

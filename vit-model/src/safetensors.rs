@@ -2,6 +2,9 @@
 //!
 //! No mapping: a file that somebody truncates under a map kills the process. A read ends in an error instead.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -52,7 +55,7 @@ impl Source {
                 }
                 None => Err(std::io::ErrorKind::UnexpectedEof.into()),
             },
-            Self::File(file) => read_exact_at(file, out, offset as u64),
+            Self::File(file) => read_exact_at(file, out, u64::try_from(offset).unwrap_or(u64::MAX)),
         }
     }
 }
@@ -68,8 +71,8 @@ fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::R
         match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
             0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
             n => {
-                out = &mut out[n..];
-                offset += n as u64;
+                out = out.get_mut(n..).unwrap_or_default();
+                offset = offset.saturating_add(n.try_into().unwrap_or(u64::MAX));
             }
         }
     }
@@ -106,29 +109,28 @@ impl Safetensors {
         if len == 0 {
             return Err(fail("is an empty file".into()));
         }
-        let mut first = [0; 8];
-        let known = len.min(8);
-        source.read_exact_at(&mut first[..known], 0).map_err(Error::io(path))?;
         if let Some(what) = looks_like(&source, len) {
             return Err(fail(format!("is no safetensors file but {what}")));
         }
-        if len < 8 {
+        let Some(behind) = len.checked_sub(8) else {
             return Err(fail(format!("has {len} bytes, too few for a safetensors file (was it copied completely?)")));
-        }
+        };
+        let mut first = [0; 8];
+        source.read_exact_at(&mut first, 0).map_err(Error::io(path))?;
         let header_len = u64::from_le_bytes(first);
         let header_len = usize::try_from(header_len).ok().filter(|&n| n <= MAX_HEADER).ok_or_else(|| {
             fail(format!(
                 "announces a header of {header_len} bytes, at most {MAX_HEADER} exist: not a safetensors file"
             ))
         })?;
-        if header_len > len - 8 {
+        let Some(data_len) = behind.checked_sub(header_len) else {
             return Err(fail(format!("ends within its header of {header_len} bytes (was it copied completely?)")));
-        }
+        };
         let mut header = vec![0; header_len];
         source.read_exact_at(&mut header, 8).map_err(Error::io(path))?;
         let header: Header =
             serde_json::from_slice(&header).map_err(|error| fail(format!("has a damaged header: {error}")))?;
-        let start = 8 + header_len;
+        let start = header_len.saturating_add(8);
         let mut file = Self {
             path: path.to_owned(),
             source,
@@ -138,7 +140,7 @@ impl Safetensors {
             others: Vec::new(),
             metadata: header.metadata,
         };
-        file.add(header.entries, len - start)?;
+        file.add(header.entries, data_len)?;
         Ok(file)
     }
 
@@ -148,11 +150,11 @@ impl Safetensors {
         let mut at = 0;
         for (name, entry) in entries {
             let [begin, end] = entry.data_offsets;
-            if begin != at || end < begin {
+            let Some(len) = end.checked_sub(begin).filter(|_| begin == at) else {
                 let why =
                     format!("lies at bytes {begin} to {end}, expected it to begin at {at}: the header is damaged");
                 return Err(self.damaged(&name, &why));
-            }
+            };
             at = end;
             if entry.shape.len() > MAX_RANK {
                 return Err(self.damaged(&name, &format!("has {} dimensions", entry.shape.len())));
@@ -161,13 +163,13 @@ impl Safetensors {
                 return Err(self.damaged(&name, &format!("has the unknown type {:?}", entry.dtype)));
             };
             let count = entry.shape.iter().try_fold(size, |n, &d| n.checked_mul(d));
-            if count != Some(end - begin) {
-                let why = format!("is {} {:?}, which does not fit its {} bytes", entry.dtype, entry.shape, end - begin);
+            if count != Some(len) {
+                let why = format!("is {} {:?}, which does not fit its {len} bytes", entry.dtype, entry.shape);
                 return Err(self.damaged(&name, &why));
             }
             match dtype(&entry.dtype) {
                 Some(dtype) => {
-                    self.places.insert(name.clone(), (begin, end - begin));
+                    self.places.insert(name.clone(), (begin, len));
                     self.tensors.insert(name, TensorInfo { dtype, shape: entry.shape });
                 }
                 None => self.others.push(name),
@@ -210,7 +212,7 @@ impl Weights for Safetensors {
         let &(offset, len) = self.places.get(name).ok_or_else(missing)?;
         let info = self.tensors.get(name).ok_or_else(missing)?;
         let mut out = vec![0; len];
-        self.source.read_exact_at(&mut out, self.start + offset).map_err(Error::io(&self.path))?;
+        self.source.read_exact_at(&mut out, self.start.saturating_add(offset)).map_err(Error::io(&self.path))?;
         check_finite(name, info.dtype, &out)?;
         Ok(out)
     }

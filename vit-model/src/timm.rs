@@ -1,5 +1,8 @@
 //! timm's config.json → [`ModelInfo`]: the architecture's name, and what `model_args` overrides.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
@@ -269,8 +272,8 @@ fn text<'a>(config: &'a Value, key: &str) -> Result<Option<&'a str>, String> {
 
 /// A whole number of at most 32 bits.
 pub(crate) fn size(value: &Value, key: &str) -> Result<usize, String> {
-    let number = value.as_u64().and_then(|n| u32::try_from(n).ok());
-    number.map(|n| n as usize).ok_or_else(|| format!("`{key}` must be a whole number, found {value}"))
+    let number = value.as_u64().and_then(|n| u32::try_from(n).ok()).and_then(|n| usize::try_from(n).ok());
+    number.ok_or_else(|| format!("`{key}` must be a whole number, found {value}"))
 }
 
 fn sizes(value: &Value, key: &str) -> Result<Vec<usize>, String> {

@@ -1,5 +1,8 @@
 //! Messages → graph: names become numbers by scope, functions are inlined, nodes are sorted.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;

@@ -1,5 +1,8 @@
 //! Tensors in files beside the model: only regular files within the model's own folder, and exactly as many bytes as needed.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     cell::{Ref, RefCell},
     collections::HashMap,
@@ -14,7 +17,7 @@ use super::{
 };
 use crate::{
     Error,
-    stored::{Data, StoredFile},
+    stored::{Data, StoredFile, wide},
 };
 
 /// The files of a model: its own, then those of external data.
@@ -87,15 +90,15 @@ impl Folder {
         };
         let location =
             entry("location")?.ok_or_else(|| "is declared external, and does not say in which file".to_owned())?;
-        let offset = number("offset")?.unwrap_or(0) as u64;
+        let offset = wide(number("offset")?.unwrap_or(0));
         if let Some(length) = number("length")?.filter(|&length| length != size) {
             return Err(format!("needs {size} bytes, its external length is {length}").into());
         }
         let index = self.open(location)?;
-        let stretch = proto::Stretch { offset, len: size as u64, file: index };
+        let stretch = proto::Stretch { offset, len: wide(size), file: index };
         let data = self.files().data(&stretch).ok_or_else(|| format!("has its data in `{location}`, not opened"))?;
         let Data::File { file, .. } = &data else { return Err("is in no file".to_owned().into()) };
-        if offset.checked_add(size as u64).is_none_or(|end| end > file.len()) {
+        if offset.checked_add(wide(size)).is_none_or(|end| end > file.len()) {
             let why = format!(
                 "needs {size} bytes from byte {offset} of `{location}`, which has {} bytes (was it copied completely?)",
                 file.len()

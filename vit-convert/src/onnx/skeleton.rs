@@ -12,7 +12,10 @@ use std::{
 };
 
 use super::{limits, proto};
-use crate::{Error, Result, stored::StoredFile};
+use crate::{
+    Error, Result,
+    stored::{StoredFile, wide},
+};
 
 /// Bytes of a tensor's `raw_data` that are kept; more of them stay in the file.
 pub const IN_MEMORY: usize = 1 << 12;
@@ -192,7 +195,7 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 
 fn put_payload(out: &mut Vec<u8>, key: u64, payload: &[u8]) {
     put_varint(out, key);
-    put_varint(out, u64::try_from(payload.len()).unwrap_or(u64::MAX));
+    put_varint(out, wide(payload.len()));
     out.extend_from_slice(payload);
 }
 

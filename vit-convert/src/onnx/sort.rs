@@ -1,5 +1,8 @@
 //! Topological order of nodes, stable: a list that is in order already stays as it is.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use std::{
     cmp::Reverse,
     collections::{BTreeSet, BinaryHeap, HashMap},

@@ -1,5 +1,8 @@
 //! Tensors: every encoding of the elements becomes little-endian bytes of exactly the length that type and shape ask for.
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::as_conversions)]
+
 use bytes::Bytes;
 
 use super::{
@@ -9,7 +12,7 @@ use super::{
 use crate::{
     Error, Result,
     graph::{DType, Tensor},
-    stored::Data,
+    stored::{Data, wide},
 };
 
 /// `data_location`: in another file.
@@ -105,10 +108,10 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
         }
     };
     let len = match &data {
-        Place::Here(bytes) => bytes.len() as u64,
+        Place::Here(bytes) => wide(bytes.len()),
         Place::Stretch(stretch) => stretch.len,
     };
-    if len != size as u64 {
+    if len != wide(size) {
         let shape = if dims.is_empty() { "a scalar".to_owned() } else { format!("shape {dims:?}") };
         return Err(format!("of type {dtype:?} and {shape} needs {size} bytes, found {len}").into());
     }
