@@ -249,7 +249,7 @@ fn report_of(converted: &mut Converted) -> vit_convert::Result<Value> {
 fn labels(path: &Path) -> anyhow::Result<Vec<String>> {
     let name = || path.display().to_string();
     let size = std::fs::metadata(path).with_context(name)?;
-    if !size.is_file() || size.len() > vit_model::labels::MAX_LABELS_BYTES as u64 {
+    if !size.is_file() || size.len() > vit_model::limits::LABELS_BYTES as u64 {
         bail!("{}: not a file of class names", name());
     }
     vit_model::labels::parse(&std::fs::read(path).with_context(name)?).with_context(name)

@@ -12,7 +12,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    Error, ModelInfo, Result, hf, json,
+    Error, ModelInfo, Result, hf, json, limits,
     load::{Checkpoint, small_file},
     safetensors::Safetensors,
     timm,
@@ -22,8 +22,6 @@ use crate::{
 /// The weights of a folder: one file, or an index of several.
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Shards of a model at most.
-const MAX_SHARDS: usize = 4096;
 
 /// Opens a folder with `model.safetensors` (or its index and shards) and `config.json`.
 pub(crate) fn open(folder: &Path) -> Result<Checkpoint> {
@@ -135,7 +133,9 @@ impl Shards {
             }
             let at = match opened.get(name) {
                 Some(&at) => at,
-                None if opened.len() >= MAX_SHARDS => return Err(fail(format!("names more than {MAX_SHARDS} files"))),
+                None if opened.len() >= limits::SHARDS => {
+                    return Err(fail(format!("names more than {} files", limits::SHARDS)));
+                }
                 None => {
                     let at = shards.files.len();
                     shards.files.push(Safetensors::open(&folder.join(name))?);

@@ -15,16 +15,7 @@ use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use crate::{Error, Result};
-
-/// Pixels of the largest picture that is decoded, and of the largest that a resize may make: 256 million.
-pub const MAX_PIXELS: u64 = 256_000_000;
-
-/// Bytes that decoding one picture may take, the decoder's own buffers included.
-const MAX_BYTES: u64 = 900_000_000;
-
-/// Bytes of the largest JPEG file: its decoder wants the file in memory.
-const MAX_JPEG_FILE: u64 = 256 << 20;
+use crate::{Error, Result, limits};
 
 /// A picture whose decoding takes more than this waits for its turn, so that many threads need the memory of one.
 const LARGE_BYTES: u64 = 64 << 20;
@@ -117,7 +108,7 @@ fn luma(r: u8, g: u8, b: u8) -> u8 {
 /// The pixels of a picture of this size, unless there are none or too many.
 fn check_size(width: u32, height: u32) -> Option<u64> {
     let pixels = u64::from(width).saturating_mul(u64::from(height));
-    (1..=MAX_PIXELS).contains(&pixels).then_some(pixels)
+    (1..=limits::PIXELS).contains(&pixels).then_some(pixels)
 }
 
 /// As `check_size`, with the words for the user; and a check of the memory at `bytes_per_pixel`.
@@ -128,15 +119,15 @@ fn budget(width: u32, height: u32, bytes_per_pixel: u64) -> Result<u64, String> 
         }
         return Err(format!(
             "{width}×{height} pixels are too many: at most {} million are decoded",
-            MAX_PIXELS / 1_000_000
+            limits::PIXELS / 1_000_000
         ));
     };
     let bytes = pixels.saturating_mul(bytes_per_pixel);
-    if bytes > MAX_BYTES {
+    if bytes > limits::DECODER_BYTES {
         return Err(format!(
             "decoding {width}×{height} pixels of this kind would take {} MB, at most {} MB are used",
             bytes / 1_000_000,
-            MAX_BYTES / 1_000_000
+            limits::DECODER_BYTES / 1_000_000
         ));
     }
     Ok(bytes)
@@ -145,11 +136,11 @@ fn budget(width: u32, height: u32, bytes_per_pixel: u64) -> Result<u64, String> 
 fn decode<R: BufRead + Seek>(mut input: R, len: u64, exif: bool) -> Result<Image, String> {
     let head = input.fill_buf().map_err(|e| e.to_string())?;
     if head.starts_with(&[0xff, 0xd8, 0xff]) {
-        if len > MAX_JPEG_FILE {
-            return Err(format!("a JPEG of {} MB, at most {} MB are read", len >> 20, MAX_JPEG_FILE >> 20));
+        if len > limits::JPEG_FILE_BYTES {
+            return Err(format!("a JPEG of {} MB, at most {} MB are read", len >> 20, limits::JPEG_FILE_BYTES >> 20));
         }
         let mut bytes = Vec::new();
-        input.take(MAX_JPEG_FILE).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+        input.take(limits::JPEG_FILE_BYTES).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
         return decode_jpeg(&bytes, exif).map_err(|why| format!("JPEG: {why}"));
     }
     let unknown = not_an_image(head);
@@ -287,7 +278,7 @@ fn decode_other<R: BufRead + Seek>(
     exif: bool,
 ) -> Result<Image, String> {
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(MAX_BYTES);
+    limits.max_alloc = Some(limits::DECODER_BYTES);
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(describe)?;
     let (width, height) = decoder.dimensions();

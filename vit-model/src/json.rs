@@ -8,8 +8,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-/// Bytes of a configuration file at most.
-pub(crate) const MAX_BYTES: usize = 16 << 20;
+use crate::limits;
 
 /// Bytes → a value, with every key once.
 ///
@@ -19,8 +18,8 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Value, String> {
     if bytes.is_empty() {
         return Err("is an empty file".into());
     }
-    if bytes.len() > MAX_BYTES {
-        return Err(format!("has {} bytes, at most {MAX_BYTES} are read", bytes.len()));
+    if bytes.len() > limits::JSON_BYTES {
+        return Err(format!("has {} bytes, at most {} are read", bytes.len(), limits::JSON_BYTES));
     }
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     serde_json::from_slice::<Strict>(bytes)
@@ -113,6 +112,6 @@ mod tests {
         assert!(parse("[".repeat(100_000).as_bytes()).is_err());
         assert!(parse(b"").is_err());
         assert!(parse(b"{\"a\": NaN}").is_err());
-        assert!(parse(&vec![b' '; super::MAX_BYTES + 1]).is_err());
+        assert!(parse(&vec![b' '; crate::limits::JSON_BYTES + 1]).is_err());
     }
 }

@@ -8,10 +8,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
-
-/// Most bytes that a file of class names may have.
-pub const MAX_LABELS_BYTES: usize = 64 << 20;
+use crate::{Error, Result, limits};
 
 /// One class of an answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,8 +79,8 @@ pub fn name(labels: Option<&[String]>, class: usize) -> String {
 /// - text, one name a line.
 pub fn parse(bytes: &[u8]) -> Result<Vec<String>> {
     let fail = |why: String| Error::Config(format!("class names: {why}"));
-    if bytes.len() > MAX_LABELS_BYTES {
-        return Err(fail(format!("{} bytes, at most {MAX_LABELS_BYTES} are read", bytes.len())));
+    if bytes.len() > limits::LABELS_BYTES {
+        return Err(fail(format!("{} bytes, at most {} are read", bytes.len(), limits::LABELS_BYTES)));
     }
     let text = std::str::from_utf8(bytes).map_err(|e| fail(format!("not UTF-8 ({e})")))?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);

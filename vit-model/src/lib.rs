@@ -34,6 +34,7 @@ pub mod hub;
 pub mod image;
 mod json;
 pub mod labels;
+pub mod limits;
 pub mod load;
 pub mod names;
 pub mod pos_embed;

@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 
 use crate::{
-    Config, Error, ModelInfo, Result, VisionTransformer, json,
+    Config, Error, ModelInfo, Result, VisionTransformer, json, limits,
     safetensors::Safetensors,
     weights::{Weights, candle_dtype},
 };
@@ -105,7 +105,7 @@ pub(crate) fn small_file(path: &Path) -> Result<Vec<u8>> {
     }
     let file = fs::File::open(path).map_err(Error::io(path))?;
     let mut bytes = Vec::new();
-    file.take(u64::try_from(json::MAX_BYTES).unwrap_or(u64::MAX).saturating_add(1))
+    file.take(u64::try_from(limits::JSON_BYTES).unwrap_or(u64::MAX).saturating_add(1))
         .read_to_end(&mut bytes)
         .map_err(Error::io(path))?;
     Ok(bytes)

@@ -7,13 +7,10 @@ use fast_image_resize::images::{Image as Plane, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use rayon::prelude::*;
 
-use crate::image::{Image, MAX_PIXELS};
+use crate::image::Image;
 use crate::preprocess_config::scaled;
 use crate::resample::{Filter, resample};
-use crate::{Error, PreprocessConfig, Resize, Result};
-
-/// Largest side of a picture before and after a resize: the filter's weights take tens of bytes per pixel of a side.
-const MAX_RESIZED_SIDE: u64 = 1 << 22;
+use crate::{Error, PreprocessConfig, Resize, Result, limits};
 
 /// Bytes of the strip of columns that is resized vertically at a time.
 const STRIP_BYTES: usize = 16 << 20;
@@ -215,8 +212,8 @@ impl Target {
         };
         // a very thin picture keeps one pixel, where the reference gives up
         let (new_h, new_w) = (new_h.max(1.0), new_w.max(1.0));
-        let side = MAX_RESIZED_SIDE as f64;
-        let most = MAX_PIXELS as f64;
+        let side = limits::RESIZED_SIDE as f64;
+        let most = limits::PIXELS as f64;
         if new_h * new_w > most || new_w * height > most || [height, width, new_h, new_w].iter().any(|v| *v > side) {
             return Err(Error::Image(format!(
                 "a picture of {w}×{h} pixels would be resized to {new_w}×{new_h}: its aspect ratio is too extreme"

@@ -5,17 +5,10 @@
 
 use serde_json::Value;
 
-use crate::{Config, Error, PreprocessConfig, Resize, Result};
+use crate::{Config, Error, PreprocessConfig, Resize, Result, limits};
 
 /// The filters, under timm's names, in the order of Pillow's numbers (0 is nearest).
 pub(crate) const FILTERS: [&str; 6] = ["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"];
-
-/// Largest side of an input, in pixels.
-const MAX_SIDE: usize = 16384;
-/// Most pixels of an input.
-const MAX_INPUT: usize = 1 << 26;
-/// Largest side that a config may ask a picture to be resized to.
-const MAX_RESIZE: usize = 1 << 16;
 
 const IMAGENET: ([f64; 3], [f64; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
 const INCEPTION: ([f64; 3], [f64; 3]) = ([0.5; 3], [0.5; 3]);
@@ -179,9 +172,16 @@ impl PreprocessConfig {
         if channels == 0 || channels > 1024 {
             return fail(format!("`input_size` has {channels} channels, 1 to 1024 are possible"));
         }
-        if h == 0 || w == 0 || h > MAX_SIDE || w > MAX_SIDE || h.saturating_mul(w) > MAX_INPUT {
+        if h == 0
+            || w == 0
+            || h > limits::INPUT_SIDE
+            || w > limits::INPUT_SIDE
+            || h.saturating_mul(w) > limits::INPUT_PIXELS
+        {
             return fail(format!(
-                "`input_size` {h}×{w}: sides of 1 to {MAX_SIDE} and at most {MAX_INPUT} pixels are possible"
+                "`input_size` {h}×{w}: sides of 1 to {} and at most {} pixels are possible",
+                limits::INPUT_SIDE,
+                limits::INPUT_PIXELS
             ));
         }
         if !FILTERS.contains(&self.interpolation.as_str()) {
@@ -203,8 +203,11 @@ impl PreprocessConfig {
             Some(Resize::ShortestEdge(edge)) => vec![edge],
             Some(Resize::Exact(two) | Resize::Edges(two) | Resize::Within(two)) => two.into(),
         };
-        if let Some(side) = sides.into_iter().find(|side| !(1..=MAX_RESIZE).contains(side)) {
-            return fail(format!("pictures can be resized to 1 to {MAX_RESIZE} pixels a side, found {side}"));
+        if let Some(side) = sides.into_iter().find(|side| !(1..=limits::RESIZE_SIDE).contains(side)) {
+            return fail(format!(
+                "pictures can be resized to 1 to {} pixels a side, found {side}",
+                limits::RESIZE_SIDE
+            ));
         }
         for (name, values) in [("mean", &self.mean), ("std", &self.std)] {
             if values.is_empty() || values.len() > 1024 {
@@ -226,7 +229,7 @@ pub(crate) fn scaled(side: usize, crop_pct: f64) -> Result<usize> {
     let fail = || Error::Config(format!("preprocess: `crop_pct` {crop_pct:e} makes no usable size of {side} pixels"));
     let side = u32::try_from(side).map_err(|_| fail())?;
     let size = (f64::from(side) / crop_pct).floor();
-    if crop_pct > 0.0 && size >= 1.0 && size <= to_f64(MAX_RESIZE) {
+    if crop_pct > 0.0 && size >= 1.0 && size <= to_f64(limits::RESIZE_SIDE) {
         to_usize(size).ok_or_else(fail)
     } else {
         Err(fail())

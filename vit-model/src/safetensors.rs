@@ -15,14 +15,9 @@ use std::{
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::{
-    Error, Result,
+    Error, Result, limits,
     weights::{Dtype, TensorInfo, Weights, check_finite},
 };
-
-/// Bytes of a header at most, as the format says.
-const MAX_HEADER: usize = 100_000_000;
-/// Dimensions of a tensor at most.
-const MAX_RANK: usize = 32;
 
 /// A checked safetensors file.
 #[derive(Debug)]
@@ -118,9 +113,10 @@ impl Safetensors {
         let mut first = [0; 8];
         source.read_exact_at(&mut first, 0).map_err(Error::io(path))?;
         let header_len = u64::from_le_bytes(first);
-        let header_len = usize::try_from(header_len).ok().filter(|&n| n <= MAX_HEADER).ok_or_else(|| {
+        let header_len = usize::try_from(header_len).ok().filter(|&n| n <= limits::HEADER_BYTES).ok_or_else(|| {
             fail(format!(
-                "announces a header of {header_len} bytes, at most {MAX_HEADER} exist: not a safetensors file"
+                "announces a header of {header_len} bytes, at most {} exist: not a safetensors file",
+                limits::HEADER_BYTES
             ))
         })?;
         let Some(data_len) = behind.checked_sub(header_len) else {
@@ -156,7 +152,7 @@ impl Safetensors {
                 return Err(self.damaged(&name, &why));
             };
             at = end;
-            if entry.shape.len() > MAX_RANK {
+            if entry.shape.len() > limits::RANK {
                 return Err(self.damaged(&name, &format!("has {} dimensions", entry.shape.len())));
             }
             let Some(size) = element_size(&entry.dtype) else {

@@ -1,0 +1,30 @@
+//! What a file may ask for: every bound on the size of an input, checked before anything is allocated on its word.
+//!
+//! (What a [`Config`](crate::Config) may hold is in [`Config::validate`](crate::Config::validate), field by field.)
+
+/// Bytes of a JSON file: a configuration, an index of shards.
+pub const JSON_BYTES: usize = 16 << 20;
+/// Bytes of a file of class names.
+pub const LABELS_BYTES: usize = 64 << 20;
+/// Bytes of a safetensors header, as the format says.
+pub const HEADER_BYTES: usize = 100_000_000;
+/// Dimensions of a tensor.
+pub const RANK: usize = 32;
+/// Files that a model is sharded into.
+pub const SHARDS: usize = 4096;
+
+/// Pixels of the largest picture that is decoded, and of the largest that a resize may make: 256 million.
+pub const PIXELS: u64 = 256_000_000;
+/// Bytes that decoding one picture may take, the decoder's own buffers included.
+pub const DECODER_BYTES: u64 = 900_000_000;
+/// Bytes of the largest JPEG file: its decoder wants the file in memory.
+pub const JPEG_FILE_BYTES: u64 = 256 << 20;
+/// Largest side of a picture before and after a resize: the filter's weights take tens of bytes per pixel of a side.
+pub const RESIZED_SIDE: u64 = 1 << 22;
+
+/// Largest side of a model's input, in pixels.
+pub const INPUT_SIDE: usize = 16384;
+/// Most pixels of a model's input.
+pub const INPUT_PIXELS: usize = 1 << 26;
+/// Largest side that a configuration may ask a picture to be resized to.
+pub const RESIZE_SIDE: usize = 1 << 16;
