@@ -258,3 +258,29 @@ pub fn info(path: &Path) -> Result<ModelInfo> {
     let meta = fs::metadata(path).map_err(Error::io(path))?;
     if meta.is_dir() { crate::folder::info(path) } else { open(path).map(|checkpoint| checkpoint.info) }
 }
+
+/// A checkpoint by its repository id on the Hub (`timm/…`, `google/vit-base-patch16-224`, `…@revision`), out of the cache
+/// or fetched; a path that exists wins.
+///
+/// # Errors
+/// As [`crate::hub::Hub::get`] and [`open`].
+#[cfg(feature = "hub")]
+pub fn pretrained(name: &str) -> Result<Checkpoint> {
+    let path = Path::new(name);
+    if path.exists() {
+        return open(path);
+    }
+    open(&crate::hub::Hub::from_env()?.get(&name.parse()?, &mut ())?)
+}
+
+#[cfg(feature = "hub")]
+impl crate::VisionTransformer {
+    /// The model of a repository on the Hub, or of a file or folder, see [`pretrained`].
+    ///
+    /// # Errors
+    /// As [`pretrained`] and [`crate::VisionTransformer::from_weights`].
+    pub fn from_pretrained(name: &str, dtype: candle_core::DType, device: &candle_core::Device) -> Result<Self> {
+        let checkpoint = pretrained(name)?;
+        Self::from_weights(&checkpoint.info.model, &*checkpoint.weights, dtype, device)
+    }
+}
