@@ -532,39 +532,28 @@ impl Array {
     /// The elements in their stored type, row-major (4-bit integers as bytes).
     pub fn bytes(&self) -> Vec<u8> {
         let digits = self.flat();
-        let (all, offset) = match &*self.source {
+        let (dtype, in_order) = (self.stored_dtype(), matches!(&digits[..], [d] if d.stride == 1));
+        let len = digits.iter().map(|d| d.size).product::<usize>() * (dtype.bits() / 8);
+        match &*self.source {
             Source::Stored { tensor, .. } if tensor.dtype.bits() >= 8 => {
                 // of a large constant only the part that is looked at
                 let size = tensor.dtype.bits() / 8;
                 let last = digits
                     .iter()
                     .fold(self.offset, |at, d| at.saturating_add(d.size.saturating_sub(1).saturating_mul(d.stride)));
-                let end = last.saturating_add(1).saturating_mul(size);
-                (tensor.data.range(self.offset.saturating_mul(size)..end), 0)
-            }
-            other => (other.read(), self.offset),
-        };
-        if offset == 0 && self.stored_dtype().bits() >= 8 && matches!(&digits[..], [d] if d.stride == 1) {
-            let len = digits[0].size * (self.stored_dtype().bits() / 8);
-            if all.len() == len {
-                return all.into();
-            }
-        }
-        match self.stored_dtype() {
-            t @ (DType::U4 | DType::I4) => {
-                let wide: Vec<u8> = all.iter().flat_map(|&b| [b & 15, b >> 4]).collect();
-                let mut out = gather::<1>(&wide, offset, &digits);
-                if t == DType::I4 {
-                    out.iter_mut().for_each(|b| *b = ((*b << 4) as i8 >> 4) as u8);
+                let range = self.offset.saturating_mul(size)..last.saturating_add(1).saturating_mul(size);
+                if in_order && range.len() == len {
+                    return tensor.data.range(range).into();
                 }
-                out
+                tensor.data.look(range, |all| gathered(dtype, all, 0, &digits))
             }
-            t => match t.bits() {
-                8 => gather::<1>(&all, offset, &digits),
-                16 => gather::<2>(&all, offset, &digits),
-                32 => gather::<4>(&all, offset, &digits),
-                _ => gather::<8>(&all, offset, &digits),
-            },
+            other => {
+                let all = other.read();
+                if in_order && dtype.bits() >= 8 && self.offset == 0 && all.len() == len {
+                    return all.into();
+                }
+                gathered(dtype, &all, self.offset, &digits)
+            }
         }
     }
 
@@ -658,6 +647,26 @@ pub fn round(dtype: DType, value: f64) -> f32 {
         DType::F16 => half::f16::from_f64(value).to_f32(),
         DType::Bf16 => half::bf16::from_f64(value).to_f32(),
         _ => value as f32,
+    }
+}
+
+/// Elements of a type that the digits enumerate from `offset`; those of 4 bits become bytes.
+fn gathered(dtype: DType, all: &[u8], offset: usize, digits: &[Digit]) -> Vec<u8> {
+    match dtype {
+        t @ (DType::U4 | DType::I4) => {
+            let wide: Vec<u8> = all.iter().flat_map(|&b| [b & 15, b >> 4]).collect();
+            let mut out = gather::<1>(&wide, offset, digits);
+            if t == DType::I4 {
+                out.iter_mut().for_each(|b| *b = ((*b << 4) as i8 >> 4) as u8);
+            }
+            out
+        }
+        t => match t.bits() {
+            8 => gather::<1>(all, offset, digits),
+            16 => gather::<2>(all, offset, digits),
+            32 => gather::<4>(all, offset, digits),
+            _ => gather::<8>(all, offset, digits),
+        },
     }
 }
 

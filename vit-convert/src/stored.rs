@@ -7,6 +7,7 @@
 #![deny(clippy::as_conversions)]
 
 use std::{
+    cell::Cell,
     fs::{File, Metadata},
     io,
     ops::Range,
@@ -21,6 +22,13 @@ use crate::{Error, Result};
 
 /// Bytes at a time where a whole file is read.
 const CHUNK: usize = 1 << 20;
+
+/// The largest buffer that a thread keeps for the next read: a weight of a ViT-B.
+const KEPT: usize = 16 << 20;
+
+thread_local! {
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// A size in memory as a place in a file.
 pub(crate) fn wide(size: usize) -> u64 {
@@ -62,7 +70,13 @@ impl StoredFile {
     /// `len` bytes from `offset` on; zeros where they cannot be had, which is remembered.
     pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut out = vec![0; len];
-        if let Err(error) = read_exact_at(&self.file, &mut out, offset) {
+        self.fill(offset, &mut out);
+        out
+    }
+
+    /// As [`read`](Self::read), into bytes that are there.
+    fn fill(&self, offset: u64, out: &mut [u8]) {
+        if let Err(error) = read_exact_at(&self.file, out, offset) {
             let why = match error.kind() {
                 io::ErrorKind::UnexpectedEof => "became shorter while it was read".to_owned(),
                 _ => format!("could not be read: {error}"),
@@ -70,7 +84,6 @@ impl StoredFile {
             let _ = self.failed.set(why);
             out.fill(0);
         }
-        out
     }
 
     /// Every read so far gave what the file held when it was opened.
@@ -102,11 +115,13 @@ impl StoredFile {
     /// As [`check`](Self::check).
     pub fn sha256(&self) -> Result<String> {
         let mut digest = Sha256::new();
+        let mut buffer = vec![0; CHUNK];
         let mut at = 0;
         while at < self.len {
             let left = usize::try_from(self.len.saturating_sub(at)).unwrap_or(CHUNK);
-            let part = self.read(at, left.min(CHUNK));
-            digest.update(&part);
+            let part = buffer.get_mut(..left.min(CHUNK)).unwrap_or_default();
+            self.fill(at, part);
+            digest.update(&*part);
             at = at.saturating_add(wide(part.len()));
         }
         self.check()?;
@@ -179,6 +194,26 @@ impl Data {
                 file.read(from, end.saturating_sub(start)).into()
             }
         }
+    }
+
+    /// Shows the bytes of a range, as [`range`](Self::range) has them, without memory of their own.
+    pub fn look<R>(&self, range: Range<usize>, see: impl FnOnce(&[u8]) -> R) -> R {
+        let Self::File { file, offset, .. } = self else { return see(&self.range(range)) };
+        let end = range.end.min(self.len());
+        let start = range.start.min(end);
+        let len = end.saturating_sub(start);
+        // weights come by the hundred: fresh memory for each would be cleared for each
+        let mut buffer = BUFFER.take();
+        if buffer.len() < len {
+            buffer = vec![0; len];
+        }
+        let part = buffer.get_mut(..len).unwrap_or_default();
+        file.fill(offset.saturating_add(wide(start)), part);
+        let seen = see(part);
+        if buffer.len() <= KEPT {
+            BUFFER.set(buffer);
+        }
+        seen
     }
 
     /// It is the same stretch of memory, or of the same file.
