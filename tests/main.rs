@@ -6,6 +6,8 @@ mod evaluator;
 mod exporters;
 mod folders;
 mod forward;
+#[cfg(feature = "hub")]
+mod hub;
 mod library;
 mod mutation;
 mod onnx;

@@ -14,7 +14,9 @@ A MODEL is any of
   model.safetensors           a file that vit-convert wrote
   folder/                     model.safetensors with a timm or Hugging Face config.json
   model.onnx                  an ONNX export of a ViT, converted in memory
-A path that exists wins over the name `digits`.
+  timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, google/vit-base-patch16-224@main
+                              a Hugging Face repository, at a revision if you like
+A path that exists wins over the name `digits` and over a repository.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 all good, 1 some inputs failed or a comparison
 did not hold, 2 usage or fatal, 130 interrupted.";
@@ -41,6 +43,8 @@ pub enum Command {
     Inspect(InspectArgs),
     Compare(CompareArgs),
     Bench(BenchArgs),
+    #[cfg(feature = "hub")]
+    Pull(PullArgs),
     Completions(CompletionsArgs),
 }
 
@@ -364,6 +368,20 @@ pub struct BenchArgs {
     pub compare: bool,
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+/// Fetches checkpoints from the Hub and says where they lie
+#[cfg(feature = "hub")]
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  vit-cli pull google/vit-base-patch16-224
+  HF_HOME=/models vit-cli pull timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k@main
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.")]
+pub struct PullArgs {
+    /// Repository ids, at a revision if you like
+    #[arg(required = true, value_name = "REPOSITORY")]
+    pub models: Vec<String>,
 }
 
 /// Prints a completion script for a shell

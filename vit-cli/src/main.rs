@@ -15,6 +15,8 @@ mod modules;
 mod output;
 mod predict;
 mod preprocess;
+#[cfg(feature = "hub")]
+mod pull;
 mod random;
 mod save;
 mod summary;
@@ -68,6 +70,8 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Summary(args) => summary::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args, verbose),
+        #[cfg(feature = "hub")]
+        Command::Pull(args) => pull::run(args),
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "vit-cli", &mut script);

@@ -41,6 +41,8 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
     match model.to_str() {
         Some("digits") => Ok(Place::Digits),
         Some(name) if looks_like_a_path(name) => bail!("{}: no such file or folder{}", show(path), near_miss(path)),
+        #[cfg(feature = "hub")]
+        Some(name) if name.contains('/') => Ok(Place::Path(crate::pull::folder(&name.parse()?)?)),
         Some(name) => bail!(forms(name)),
         None => bail!("{}: no such file or folder", show(path)),
     }
@@ -104,7 +106,7 @@ fn forms(name: &str) -> String {
     };
     hint + &format!(
         "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
-         and config.json, an .onnx file, or `digits`. Repositories on the Hub are not fetched: download one and name its folder"
+         and config.json, an .onnx file, `digits`, or a repository on the Hub (owner/name)"
     )
 }
 
