@@ -26,4 +26,13 @@ fn a_repository_in_the_cache_is_a_model() {
     cli(&["summary", "owner/other"]).bad(2, &["owner/other", "HF_HUB_OFFLINE", "vit-cli pull owner/other"]);
     cli(&["pull", "owner/model"]).bad(2, &["HF_HUB_OFFLINE"]);
     cli(&["pull", "owner"]).bad(2, &["is not a repository id"]);
+
+    // a short name is a repository's, and the list says what is there
+    cli(&["summary", "vit-tiny"]).bad(2, &["timm/vit_tiny_patch16_224", "HF_HUB_OFFLINE"]);
+    let table = cli(&["models"]).good();
+    assert!(table.contains("vit-tiny") && table.contains("owner/model"), "{table}");
+    let list: serde_json::Value = serde_json::from_str(&cli(&["models", "--json"]).good()).unwrap();
+    assert_eq!(list["cached"][0]["repository"], "owner/model");
+    assert!(list["cached"][0]["bytes"].as_u64().unwrap() > 1000);
+    assert!(list["known"].as_array().unwrap().iter().all(|known| known["cached"] == false));
 }

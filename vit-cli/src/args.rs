@@ -16,6 +16,7 @@ A MODEL is any of
   model.onnx                  an ONNX export of a ViT, converted in memory
   timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, google/vit-base-patch16-224@main
                               a Hugging Face repository, at a revision if you like
+  vit-tiny, dinov2-small, …   a repository by its short name, see `vit-cli models`
 A path that exists wins over the name `digits` and over a repository.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 all good, 1 some inputs failed or a comparison
@@ -43,6 +44,8 @@ pub enum Command {
     Inspect(InspectArgs),
     Compare(CompareArgs),
     Bench(BenchArgs),
+    #[cfg(feature = "hub")]
+    Models(ModelsArgs),
     #[cfg(feature = "hub")]
     Pull(PullArgs),
     Completions(CompletionsArgs),
@@ -370,6 +373,21 @@ pub struct BenchArgs {
     pub run: RunArgs,
 }
 
+/// Lists checkpoints that have a short name, and what is in the cache
+#[cfg(feature = "hub")]
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  vit-cli models
+  vit-cli pull dinov2-small
+  vit-cli predict --model vit-tiny photo.jpg
+Nothing is fetched here. A short name stands for a repository wherever a MODEL is asked for.")]
+pub struct ModelsArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Fetches checkpoints from the Hub and says where they lie
 #[cfg(feature = "hub")]
 #[derive(Args, Debug)]
@@ -379,7 +397,7 @@ Examples:
   HF_HOME=/models vit-cli pull timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k@main
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.")]
 pub struct PullArgs {
-    /// Repository ids, at a revision if you like
+    /// Repository ids, at a revision if you like, or short names (see `vit-cli models`)
     #[arg(required = true, value_name = "REPOSITORY")]
     pub models: Vec<String>,
 }

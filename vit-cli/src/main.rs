@@ -11,6 +11,8 @@ mod forward;
 mod images;
 mod inspect;
 mod model;
+#[cfg(feature = "hub")]
+mod models;
 mod modules;
 mod output;
 mod predict;
@@ -70,6 +72,8 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Summary(args) => summary::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args, verbose),
+        #[cfg(feature = "hub")]
+        Command::Models(args) => models::run(args),
         #[cfg(feature = "hub")]
         Command::Pull(args) => pull::run(args),
         Command::Completions(args) => {

@@ -42,7 +42,9 @@ pub fn find(model: &OsStr) -> anyhow::Result<Place> {
         Some("digits") => Ok(Place::Digits),
         Some(name) if looks_like_a_path(name) => bail!("{}: no such file or folder{}", show(path), near_miss(path)),
         #[cfg(feature = "hub")]
-        Some(name) if name.contains('/') => Ok(Place::Path(crate::pull::folder(&name.parse()?)?)),
+        Some(name) if name.contains('/') => Ok(Place::Path(crate::pull::folder(name)?)),
+        #[cfg(feature = "hub")]
+        Some(name) if crate::models::repository(name).is_some() => Ok(Place::Path(crate::pull::folder(name)?)),
         Some(name) => bail!(forms(name)),
         None => bail!("{}: no such file or folder", show(path)),
     }
@@ -106,7 +108,7 @@ fn forms(name: &str) -> String {
     };
     hint + &format!(
         "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
-         and config.json, an .onnx file, `digits`, or a repository on the Hub (owner/name)"
+         and config.json, an .onnx file, `digits`, or a repository on the Hub (owner/name, or a short name of `vit-cli models`)"
     )
 }
 

@@ -10,7 +10,7 @@ use crate::output::{Stdout, show};
 
 /// Fetches repositories, or what is new in them, and prints their folders.
 pub fn run(args: &PullArgs) -> anyhow::Result<()> {
-    let ids: Vec<RepoId> = args.models.iter().map(|name| name.parse()).collect::<Result<_, _>>()?;
+    let ids = args.models.iter().map(|name| id(name)).collect::<Result<Vec<_>, _>>()?;
     let (hub, mut out) = (Hub::from_env()?, Stdout::new());
     for id in &ids {
         out.line(&show(hub.pull(id, &mut Bar(None))?))?;
@@ -18,9 +18,13 @@ pub fn run(args: &PullArgs) -> anyhow::Result<()> {
     out.flush()
 }
 
-/// The folder of a repository, fetched if it is not in the cache.
-pub fn folder(id: &RepoId) -> anyhow::Result<PathBuf> {
-    Ok(Hub::from_env()?.get(id, &mut Bar(None))?)
+/// The folder of a repository or short name, fetched if it is not in the cache.
+pub fn folder(name: &str) -> anyhow::Result<PathBuf> {
+    Ok(Hub::from_env()?.get(&id(name)?, &mut Bar(None))?)
+}
+
+fn id(name: &str) -> vit_model::Result<RepoId> {
+    crate::models::repository(name).unwrap_or(name).parse()
 }
 
 /// One file at a time; indicatif draws nothing where stderr is no terminal.
