@@ -1,7 +1,7 @@
 //! Bytes → [`Graph`]: the only module that knows protobuf.
 //!
 //! Reading checks what every later step relies on: each value is made exactly once and before it is read, each tensor has
-//! as many bytes as its type and shape ask for, every function is inlined, and nothing is larger than [`limits`] allows.
+//! as many bytes as its type and shape ask for, every function is inlined, and nothing is larger than `limits` allows.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]

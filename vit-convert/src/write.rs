@@ -64,7 +64,7 @@ pub struct Folder {
 /// Writes a folder, which is made where it is not there: `model.safetensors`, then the files beside it.
 ///
 /// # Errors
-/// As [`file`]; and a folder that holds a model already, unless `force` says to replace it.
+/// As [`file()`]; and a folder that holds a model already, unless `force` says to replace it.
 pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) -> Result<()> {
     const WEIGHTS: &str = "model.safetensors";
     if !force
