@@ -154,7 +154,7 @@ pub fn predictor(model: &OsStr, run: RunArgs, verbose: bool) -> anyhow::Result<P
     predictor_for(model, run, verbose, |_| {})
 }
 
-/// As [`predictor`], with a look at the document before the model is built.
+/// As [`predictor()`], with a look at the document before the model is built.
 pub fn predictor_for(
     model: &OsStr,
     run: RunArgs,
