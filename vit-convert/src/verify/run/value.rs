@@ -92,8 +92,10 @@ impl Value {
     /// A constant of the file.
     pub fn read(tensor: &Tensor) -> Res<Self> {
         let n = count(&tensor.dims)?;
-        let bytes = tensor.data.read();
-        let b = &bytes[..];
+        tensor.data.look(0..tensor.data.len(), |bytes| Self::decode(tensor, bytes, n))
+    }
+
+    fn decode(tensor: &Tensor, b: &[u8], n: usize) -> Res<Self> {
         let ints = |size: usize, read: fn(&[u8]) -> i64| b.chunks_exact(size).map(read).collect::<Vec<_>>();
         let nibble = |signed: bool| {
             let halves = b.iter().flat_map(|&x| [x & 15, x >> 4]).take(n);
