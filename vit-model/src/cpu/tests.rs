@@ -473,7 +473,9 @@ proptest::proptest! {
             mlp_hidden: hidden,
             num_classes: classes,
             depth: 1,
-            ln_eps: 1e-3, // narrow rows of random numbers may have next to no variance, which a tiny ε would amplify
+            // a row of two or three numbers may have next to no variance, and LayerNorm makes noise up to 1/√ε larger;
+            // the fixed shapes have the usual ε
+            ln_eps: 0.5,
             ..base()
         };
         let (reference, weights) = model(&config);
@@ -481,11 +483,10 @@ proptest::proptest! {
         for (isa, precision) in kernels() {
             let engine = engine(&config, &weights, isa, precision, threads);
             let output = engine.forward(&pixels(&config, batch), batch).unwrap();
-            // some hundred roundings: a row of three random numbers may be so flat that LayerNorm makes noise 1/√ε larger
             let tolerance = match engine.precision() {
-                Precision::Bf16 => 0.3,
-                Precision::Bf16x3 => 2e-3,
-                _ => 4e-5,
+                Precision::Bf16 => 0.1,
+                Precision::Bf16x3 => 2e-4,
+                _ => 2e-5,
             };
             let error = error(&output.features, &expected[1]);
             proptest::prop_assert!(error < tolerance, "{} {}: {:e} for {:?}", isa, precision, error, config);
