@@ -1,8 +1,6 @@
 //! The embedded model against PyTorch, on every held-out image.
 
-use vit_convert::write;
-
-use crate::support::{finish, max_diff, read_safetensors, root, run, vit_cli, write_safetensors};
+use crate::support::{finish, max_diff, read_safetensors, root, run, vit_cli, write_safetensors, write_to};
 
 /// 360 images of `[32, 32]` grey pixels, and their classes.
 fn heldout() -> (Vec<u8>, Vec<usize>) {
@@ -92,9 +90,7 @@ fn the_embedded_file_is_what_vit_convert_writes() {
 
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("model.safetensors");
-    let options =
-        write::Options { dtype: None, threads: 1, unhashed: converted.unhashed(), inputs: &[], progress: &|_, _| () };
-    write::file(&path, &converted.info, converted.weights.as_ref(), &options).unwrap();
+    write_to(&path, &converted).unwrap();
     let written = vit_model::load::open(&path).unwrap();
     let document = |info: &vit_model::ModelInfo| {
         let mut document = serde_json::to_value(info).unwrap();

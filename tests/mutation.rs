@@ -11,7 +11,7 @@ use vit_convert::verify::run::{Value, run};
 use vit_convert::{import, onnx};
 use vit_model::VisionTransformer;
 
-use crate::support;
+use crate::support::{self, Random};
 
 /// Fixtures of every family that is computed in f32 throughout.
 const CASES: [&str; 16] = [
@@ -32,23 +32,6 @@ const CASES: [&str; 16] = [
     "hand-msmha-fastgelubias",
     "post-ortvit-timm-l14e",
 ];
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-
-    fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
-        if list.is_empty() { None } else { list.get(self.below(list.len())) }
-    }
-}
 
 /// Another value for one small element; the element and its new value.
 fn nudge(tensor: &mut Tensor, r: &mut Random) -> Option<String> {

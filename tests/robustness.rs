@@ -4,19 +4,13 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use vit_convert::{Converted, Options, convert, write};
+use vit_convert::{Options, convert};
 use vit_model::{Weights as _, safetensors::Safetensors};
 
-use crate::support::root;
+use crate::support::{Random, root, write_to};
 
 fn zoo(case: &str) -> std::path::PathBuf {
     root().join("tests/fixtures/zoo").join(case).join("model.onnx")
-}
-
-fn write_to(output: &Path, converted: &Converted) -> vit_convert::Result<()> {
-    let options =
-        write::Options { dtype: None, threads: 2, unhashed: converted.unhashed(), inputs: &[], progress: &|_, _| () };
-    write::file(output, &converted.info, converted.weights.as_ref(), &options)
 }
 
 #[test]
@@ -70,22 +64,7 @@ fn a_checkpoint_that_becomes_shorter_while_it_is_read_is_an_error() {
     assert!(failed.len() >= names.len() - 1 && failed.iter().all(|said| said.contains("m.safetensors")), "{failed:?}");
 }
 
-/// SplitMix64.
-struct Random(u64);
-
 impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
-    }
-
-    fn pick<'a, T>(&mut self, list: &'a [T]) -> &'a T {
-        &list[self.below(list.len())]
-    }
-
     /// A place in a file; mostly one near text, where names and structure are rather than weights.
     fn place(&mut self, bytes: &[u8]) -> usize {
         for _ in 0..32 {
@@ -104,7 +83,7 @@ impl Random {
         const NUMBERS: [u64; 8] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, u64::MAX];
         const TEXTS: [&[u8]; 9] =
             [b"-1", b"1e999", b"NaN", b"null", b"{", b"]", b"\"", b"18446744073709551616", b"\xff\xff\xff\xff\x0f"];
-        let mut bytes = self.pick(seeds).clone();
+        let mut bytes = self.pick(seeds).unwrap().clone();
         for _ in 0..=self.below(4) {
             if bytes.is_empty() {
                 return bytes;
@@ -118,13 +97,13 @@ impl Random {
                 3 => bytes.truncate(at),
                 4 => drop(bytes.splice(at..at, bytes[at..end].to_vec())),
                 5 => {
-                    let number = self.pick(&NUMBERS).to_le_bytes();
+                    let number = self.pick(&NUMBERS).unwrap().to_le_bytes();
                     let n = [1, 2, 4, 8][self.below(4)].min(bytes.len() - at);
                     bytes[at..at + n].copy_from_slice(&number[..n]);
                 }
-                6 => drop(bytes.splice(at..end, self.pick(&TEXTS).to_vec())),
+                6 => drop(bytes.splice(at..end, self.pick(&TEXTS).unwrap().to_vec())),
                 7 => {
-                    let other = self.pick(seeds);
+                    let other = self.pick(seeds).unwrap();
                     let from = self.below(other.len());
                     let part = other[from..(from + 1 + self.below(64)).min(other.len())].to_vec();
                     drop(bytes.splice(at..end, part));

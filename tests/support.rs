@@ -1,9 +1,11 @@
-//! Running the programs, and reading and writing what they read and write.
+//! Running the programs, reading and writing what they read and write, and random numbers from a seed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+
+use vit_convert::{Converted, write};
 
 /// The root of the repository.
 pub fn root() -> PathBuf {
@@ -106,4 +108,30 @@ pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
         return f32::INFINITY;
     }
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
+}
+
+/// Writes a conversion as `vit-convert` does.
+pub fn write_to(output: &Path, converted: &Converted) -> vit_convert::Result<()> {
+    let options =
+        write::Options { dtype: None, threads: 2, unhashed: converted.unhashed(), inputs: &[], progress: &|_, _| () };
+    write::file(output, &converted.info, converted.weights.as_ref(), &options)
+}
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    /// A number below `n`; 0 where there is none.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
+    }
+
+    /// One of a list, unless it is empty.
+    pub fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
+        if list.is_empty() { None } else { list.get(self.below(list.len())) }
+    }
 }
