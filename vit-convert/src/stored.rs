@@ -17,6 +17,7 @@ use std::{
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
+use vit_model::safetensors::read_exact_at;
 
 use crate::{Error, Result};
 
@@ -129,25 +130,6 @@ impl StoredFile {
     }
 }
 
-#[cfg(unix)]
-fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !out.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n => {
-                out = out.get_mut(n..).unwrap_or_default();
-                offset = offset.saturating_add(n.try_into().unwrap_or(u64::MAX));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// The elements of a constant.
 #[derive(Clone, Debug)]
 pub enum Data {
@@ -185,23 +167,24 @@ impl Data {
 
     /// The bytes of a range, which ends where they end.
     pub fn range(&self, range: Range<usize>) -> Bytes {
+        let (start, len) = self.within(range);
+        match self {
+            Self::Memory(bytes) => bytes.slice(start..start.saturating_add(len)),
+            Self::File { file, offset, .. } => file.read(offset.saturating_add(wide(start)), len).into(),
+        }
+    }
+
+    /// Where a range begins, and how much of it there is.
+    fn within(&self, range: Range<usize>) -> (usize, usize) {
         let end = range.end.min(self.len());
         let start = range.start.min(end);
-        match self {
-            Self::Memory(bytes) => bytes.slice(start..end),
-            Self::File { file, offset, .. } => {
-                let from = offset.saturating_add(wide(start));
-                file.read(from, end.saturating_sub(start)).into()
-            }
-        }
+        (start, end.saturating_sub(start))
     }
 
     /// Shows the bytes of a range, as [`range`](Self::range) has them, without memory of their own.
     pub fn look<R>(&self, range: Range<usize>, see: impl FnOnce(&[u8]) -> R) -> R {
         let Self::File { file, offset, .. } = self else { return see(&self.range(range)) };
-        let end = range.end.min(self.len());
-        let start = range.start.min(end);
-        let len = end.saturating_sub(start);
+        let (start, len) = self.within(range);
         // weights come by the hundred: fresh memory for each would be cleared for each
         let mut buffer = BUFFER.take();
         if buffer.len() < len {

@@ -20,8 +20,8 @@ use crate::{
 };
 
 /// The weights of a folder: one file, or an index of several.
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const WEIGHTS: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Opens a folder with `model.safetensors` (or its index and shards) and `config.json`.
 pub(crate) fn open(folder: &Path) -> Result<Checkpoint> {

@@ -12,6 +12,10 @@ pub const HEADER_BYTES: usize = 100_000_000;
 pub const RANK: usize = 32;
 /// Files that a model is sharded into.
 pub const SHARDS: usize = 4096;
+/// Files of weights that are fetched of one repository.
+pub const FETCHED_SHARDS: usize = 1024;
+/// Bytes of a file of weights that is fetched.
+pub const FETCHED_BYTES: u64 = 64 << 30;
 
 /// Pixels of the largest picture that is decoded, and of the largest that a resize may make: 256 million.
 pub const PIXELS: u64 = 256_000_000;

@@ -77,7 +77,7 @@ impl Resample {
 }
 
 /// The cubic convolution kernel (Keys 1981).
-fn cubic(x: f64, a: f64) -> f64 {
+pub(crate) fn cubic(x: f64, a: f64) -> f64 {
     let x = x.abs();
     if x < 1.0 {
         ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0

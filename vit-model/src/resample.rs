@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::pos_embed::cubic;
+
 /// A filter: its values at a distance in source pixels, zero from `support` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Filter {
@@ -33,16 +35,7 @@ impl Filter {
                 let x = x.abs() * std::f64::consts::PI;
                 x.sin() / x * (0.54 + 0.46 * x.cos())
             }
-            Self::Bicubic => {
-                let (x, a) = (x.abs(), -0.5); // Catmull and Rom's
-                if x < 1.0 {
-                    ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
-                } else if x < 2.0 {
-                    (((x - 5.0) * x + 8.0) * x - 4.0) * a
-                } else {
-                    0.0
-                }
-            }
+            Self::Bicubic => cubic(x, -0.5), // Catmull and Rom's
             Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
             Self::Lanczos => 0.0,
         }

@@ -55,13 +55,21 @@ impl Source {
     }
 }
 
+/// Fills `out` from a place in a file, whose cursor stays where it is.
+///
+/// # Errors
+/// The file ends before, or cannot be read.
 #[cfg(unix)]
-fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
+pub fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
 }
 
+/// Fills `out` from a place in a file, whose cursor stays where it is.
+///
+/// # Errors
+/// The file ends before, or cannot be read.
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+pub fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
     while !out.is_empty() {
         match std::os::windows::fs::FileExt::seek_read(file, out, offset)? {
             0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),

@@ -14,8 +14,6 @@ use super::{Progress, RepoId, is_name};
 use crate::load::{self, small_file};
 use crate::{Error, Result, limits};
 
-/// Largest file of weights that is fetched.
-const MAX_WEIGHTS: u64 = 64 << 30;
 /// An interrupted download of at least this many bytes is kept for the next run; a smaller one is not worth the file.
 const MIN_KEPT: u64 = 1 << 20;
 
@@ -71,7 +69,7 @@ impl Fetch<'_> {
         }
         // an architecture that cannot be run is refused before its weights are fetched
         load::info(&snapshot)?;
-        if self.file(WEIGHTS, MAX_WEIGHTS)?.is_none() {
+        if self.file(WEIGHTS, limits::FETCHED_BYTES)?.is_none() {
             let Some(index) = self.file(INDEX, max_json())? else {
                 return Err(Error::Hub(format!(
                     "{}: has neither {WEIGHTS} nor {INDEX} (pickled weights are not read; the owner, or the Hub's \
@@ -80,7 +78,7 @@ impl Fetch<'_> {
                 )));
             };
             for shard in snapshot::shards(&small_file(&index)?, &self.url(INDEX))? {
-                if self.file(&shard, MAX_WEIGHTS)?.is_none() {
+                if self.file(&shard, limits::FETCHED_BYTES)?.is_none() {
                     let url = self.url(&shard);
                     return Err(Error::Hub(format!("{url}: 404 Not Found, though {INDEX} names it")));
                 }

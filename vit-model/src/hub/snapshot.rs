@@ -7,15 +7,12 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::is_name;
+pub(super) use crate::folder::{INDEX, WEIGHTS};
 use crate::load::small_file;
-use crate::{Error, Result, json};
+use crate::{Error, Result, json, limits};
 
 pub(super) const CONFIG: &str = "config.json";
 pub(super) const PROCESSOR: &str = "preprocessor_config.json";
-pub(super) const WEIGHTS: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// Most files that weights may be spread over.
-const MAX_SHARDS: usize = 1024;
 
 /// The names of the files that a snapshot must have; `None`: one is missing.
 pub(super) fn needed(snapshot: &Path) -> Result<Option<Vec<String>>> {
@@ -74,8 +71,8 @@ pub(super) fn shards(index: &[u8], name: &str) -> Result<Vec<String>> {
             _ => return fail(format!("{file} is not the name of a safetensors file")),
         };
     }
-    if shards.is_empty() || shards.len() > MAX_SHARDS {
-        return fail(format!("weights in {} files, 1 to {MAX_SHARDS} are possible", shards.len()));
+    if shards.is_empty() || shards.len() > limits::FETCHED_SHARDS {
+        return fail(format!("weights in {} files, 1 to {} are possible", shards.len(), limits::FETCHED_SHARDS));
     }
     Ok(shards.into_iter().collect())
 }
