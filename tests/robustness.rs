@@ -1,7 +1,6 @@
 //! Files that change while they are read, and files broken at random: an error, never a panic, a hang or a wrong answer.
 
 use std::fs::{self, File};
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use vit_convert::{Options, convert};
