@@ -17,7 +17,7 @@ use vit_model::{Config, ModelInfo, VisionTransformer, finetune, image::Image, lo
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../weights/digits");
 const OUTPUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/finetuned.safetensors");
-const EPOCHS: usize = 30;
+const EPOCHS: usize = 40;
 const BATCH: usize = 32;
 const LEARNING_RATE: f64 = 2e-3;
 const WEIGHT_DECAY: f64 = 0.05;
@@ -44,7 +44,7 @@ fn main() -> anyhow::Result<()> {
         let mut total = 0.0;
         for batch in shuffled(count, &mut seed).chunks(BATCH) {
             let chosen = Tensor::new(batch, &Device::Cpu)?;
-            let logits = model.forward(&images.index_select(&chosen, 0)?)?; // [B, 10]
+            let logits = model.forward(&shift(&images.index_select(&chosen, 0)?, &mut seed)?)?; // [B, 10]
             let loss = loss::cross_entropy(&logits, &labels.index_select(&chosen, 0)?)?;
             total += f64::from(loss.to_scalar::<f32>()?) * batch.len() as f64;
 
@@ -102,14 +102,26 @@ fn optimisers(map: &VarMap, config: &Config) -> anyhow::Result<Vec<(AdamW, f64)>
     groups.into_iter().map(optimiser).collect()
 }
 
+/// Images `[B, C, H, W]`, moved by up to two pixels each way: what is learnt must not depend on the place.
+fn shift(images: &Tensor, seed: &mut u64) -> candle_core::Result<Tensor> {
+    let (_, _, h, w) = images.dims4()?;
+    let wide = images.pad_with_same(2, 2, 2)?.pad_with_same(3, 2, 2)?;
+    wide.narrow(2, random(5, seed), h)?.narrow(3, random(5, seed), w)?.contiguous()
+}
+
 /// 0 to `count` in another order at every call, the same in every run.
 fn shuffled(count: usize, seed: &mut u64) -> Vec<u32> {
     let mut order: Vec<u32> = (0..count as u32).collect();
     for i in (1..count).rev() {
-        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        order.swap(i, (*seed >> 33) as usize % (i + 1));
+        order.swap(i, random(i + 1, seed));
     }
     order
+}
+
+/// A number below `limit`, from a linear congruential generator.
+fn random(limit: usize, seed: &mut u64) -> usize {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*seed >> 33) as usize % limit
 }
 
 /// A checkpoint that `load::open` reads: the weights, with the document that describes them.
