@@ -199,7 +199,7 @@ pub fn options(run: RunArgs) -> anyhow::Result<predictor::Options> {
         Precision::Bf16 => predictor::Precision::Bf16,
         Precision::F16 => predictor::Precision::F16,
     };
-    Ok(predictor::Options { device: device(run.device)?, precision, threads, modules: run.modules })
+    Ok(predictor::Options { device: device(run.device)?, precision, threads, modules: run.modules, streamed: false })
 }
 
 /// `candle_core::utils::cuda_is_available` only says how this was built, so the device itself is tried.

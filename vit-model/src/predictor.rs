@@ -54,11 +54,13 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Use candle's modules on a CPU, too.
     pub modules: bool,
+    /// Let the CPU engine read the blocks anew in every pass instead of holding them: for a model that answers once.
+    pub streamed: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { device: Device::Cpu, precision: Precision::Auto, threads: None, modules: false }
+        Self { device: Device::Cpu, precision: Precision::Auto, threads: None, modules: false, streamed: false }
     }
 }
 
@@ -270,7 +272,13 @@ impl Model {
         // a kernel that was forced and is not there is an error, not a reason to run another
         let isa = Some(cpu::Isa::choose()?);
         let asked = cpu::Options { threads: options.threads, precision, isa };
-        match cpu::Engine::new(&checkpoint.info.model, &*checkpoint.weights, &asked) {
+        let (config, weights) = (&checkpoint.info.model, &checkpoint.weights);
+        let engine = if options.streamed {
+            cpu::Engine::streamed(config, weights.clone(), &asked)
+        } else {
+            cpu::Engine::new(config, &**weights, &asked)
+        };
+        match engine {
             Ok(engine) => {
                 let backend = Backend {
                     kernel: engine.isa().name().into(),

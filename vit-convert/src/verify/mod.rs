@@ -142,8 +142,9 @@ fn short(x: f64) -> String {
 /// An operator that has no rule, inputs or outputs that no Vision Transformer has, and a difference beyond rounding: then
 /// the error names the first block whose tokens diverge.
 pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Result<Verified, Error> {
-    let model = &Predictor::new(checkpoint, &exact())?;
-    let config = model.config();
+    let config = &checkpoint.info.model;
+    let large = flops(config) > LARGE;
+    let model = &Predictor::new(checkpoint, &exact(large))?;
     let format = Format::of(graph);
     let mut proof = Verified {
         max_abs: 0.0,
@@ -155,7 +156,7 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
         not_compared: vec![],
         approximation: None,
     };
-    for input in inputs::plan(graph, config, reading, flops(config) > LARGE)? {
+    for input in inputs::plan(graph, config, reading, large)? {
         let ours = Answers::of(model, &input.pixels, input.batch)?;
         let arithmetic = if format == Format::F32 { Arithmetic::AsStored } else { Arithmetic::Ideal };
         let theirs = run::run_watched(graph, input.values.clone(), arithmetic, &mut |_, _| {})?;
@@ -191,9 +192,9 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
     Ok(proof)
 }
 
-/// What is as exact on every CPU.
-fn exact() -> predictor::Options {
-    predictor::Options { precision: predictor::Precision::F32, ..predictor::Options::default() }
+/// What is as exact on every CPU. A large model answers one run only, and is not packed for more.
+fn exact(large: bool) -> predictor::Options {
+    predictor::Options { precision: predictor::Precision::F32, streamed: large, ..predictor::Options::default() }
 }
 
 /// Multiplications of one image, roughly.

@@ -39,16 +39,19 @@ mod threads;
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use detect::{Isa, available, physical_cores};
 use kernel::Kernel;
 use linear::{F32, Widened};
-use net::Net;
+use net::{Block, Net};
 use pass::{Pass, Workspace};
 use threads::Pool;
 
 use crate::{Config, Error, Result, Weights};
+
+/// Blocks that a streamed pass holds: threads share the layers of two more evenly than those of one.
+const BLOCKS_AT_ONCE: usize = 2;
 
 /// How exactly to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -125,6 +128,8 @@ pub struct Engine {
     precision: Precision,
     kernel: Box<dyn Kernel>,
     net: Net,
+    /// Where the blocks come from in every pass, if `net` has none.
+    stream: Option<Arc<dyn Weights>>,
     pool: Pool,
     workspace: Mutex<Workspace>,
 }
@@ -189,28 +194,51 @@ impl Engine {
     /// [`Error::Unsupported`] where the engine lacks a switch of the configuration, or the CPU the kernel asked for;
     /// a tensor that is missing, of another shape, or not finite.
     pub fn new(config: &Config, weights: &dyn Weights, options: &Options) -> Result<Self> {
+        let kernel = Self::plan(config, options)?;
+        Self::with_kernel(config, weights, options.threads, kernel)
+    }
+
+    /// An engine that reads and packs the blocks anew in every pass, two at a time, instead of holding them all: for a
+    /// model that answers once.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), but what is wrong with a block's tensors is an error of the pass.
+    pub fn streamed(config: &Config, weights: Arc<dyn Weights>, options: &Options) -> Result<Self> {
+        let kernel = Self::plan(config, options)?;
+        Self::stream_with_kernel(config, weights, options.threads, kernel)
+    }
+
+    /// What will run, if the engine has all that the configuration asks for.
+    fn plan(config: &Config, options: &Options) -> Result<(Box<dyn Kernel>, Isa, Precision)> {
         config.validate()?;
         Net::supports(config)?;
         let isa = match options.isa {
             Some(isa) => isa.check()?,
             None => Isa::choose()?,
         };
-        let (kernel, isa, precision) = choose(isa, options.precision)?;
-        Self::with_kernel(config, weights, options.threads, kernel, isa, precision)
+        choose(isa, options.precision)
     }
 
     fn with_kernel(
         config: &Config,
         weights: &dyn Weights,
         threads: Option<usize>,
-        kernel: Box<dyn Kernel>,
-        isa: Isa,
-        precision: Precision,
+        (kernel, isa, precision): (Box<dyn Kernel>, Isa, Precision),
     ) -> Result<Self> {
         let pool = Pool::new(threads.unwrap_or_else(physical_cores).clamp(1, available()));
         let net = Net::read(config, weights, kernel.shape(), &pool)?;
         let workspace = Mutex::new(Workspace::default());
-        Ok(Self { config: config.clone(), isa, precision, kernel, net, pool, workspace })
+        Ok(Self { config: config.clone(), isa, precision, kernel, net, stream: None, pool, workspace })
+    }
+
+    fn stream_with_kernel(
+        config: &Config,
+        weights: Arc<dyn Weights>,
+        threads: Option<usize>,
+        kernel: (Box<dyn Kernel>, Isa, Precision),
+    ) -> Result<Self> {
+        let frame = Self::with_kernel(&Config { depth: 0, ..config.clone() }, &*weights, threads, kernel)?;
+        Ok(Self { config: config.clone(), stream: Some(weights), ..frame })
     }
 
     /// The architecture.
@@ -318,9 +346,25 @@ impl Engine {
             let images = pixels.len() / image;
             answers.reserve_taps(images * n * self.config.embed_dim);
             let pass = Pass::new(self, &workspace, pixels, images, &mut answers);
-            self.pool.run(&|worker| pass.run(worker));
+            self.pass(&pass)?;
             pass.answer(&mut answers);
         }
+        Ok(())
+    }
+
+    fn pass(&self, pass: &Pass<'_>) -> Result<()> {
+        let Some(weights) = &self.stream else {
+            self.pool.run(&|worker| pass.run(worker));
+            return Ok(());
+        };
+        self.pool.run(&|worker| pass.begin(worker));
+        let (mut blocks, depth) = (vec![], pass.depth());
+        for first in (0..depth).step_by(BLOCKS_AT_ONCE) {
+            let range = first..depth.min(first + BLOCKS_AT_ONCE);
+            blocks = Block::read(&self.config, &**weights, range, blocks, self.kernel.shape(), &self.pool)?;
+            self.pool.run(&|worker| pass.steps(worker, first, &blocks));
+        }
+        self.pool.run(&|worker| pass.end(worker));
         Ok(())
     }
 }

@@ -79,16 +79,24 @@ struct Linears {
 }
 
 impl Linears {
-    fn read(sources: Vec<Source>, weights: &dyn Weights, shape: Shape, pool: &Pool) -> Result<Self> {
-        let packed: Vec<_> = sources.iter().map(|_| Mutex::new(None)).collect();
+    /// Source by source into the memory of `old`, as far as that goes.
+    fn read(
+        sources: Vec<Source>,
+        old: impl IntoIterator<Item = Linear>,
+        weights: &dyn Weights,
+        shape: Shape,
+        pool: &Pool,
+    ) -> Result<Self> {
+        let old = old.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+        let slots: Vec<_> = sources.iter().zip(old).map(|(_, old)| Mutex::new((old, None))).collect();
         pool.run(&|worker| {
             worker.each(sources.len(), |i| {
-                let linear = Linear::read(weights, &sources[i], shape);
-                *packed[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(linear);
+                let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+                slot.1 = Some(Linear::read(weights, &sources[i], shape, slot.0.take()));
             });
         });
         let packed =
-            packed.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).transpose());
+            slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1.transpose());
         Ok(Self { packed: packed.collect::<Result<_>>()?, sources })
     }
 
@@ -100,6 +108,65 @@ impl Linears {
 
 fn source(name: impl Into<String>, n: usize, k: usize, bias: bool) -> Source {
     Source { name: name.into(), second: None, scale: None, n, k, bias, gated: false }
+}
+
+impl Block {
+    /// Reads and packs some blocks into the memory of others.
+    pub(super) fn read(
+        config: &Config,
+        weights: &dyn Weights,
+        range: std::ops::Range<usize>,
+        into: Vec<Self>,
+        shape: Shape,
+        pool: &Pool,
+    ) -> Result<Vec<Self>> {
+        let sources = range.clone().flat_map(|i| Self::sources(config, i)).collect();
+        let old = into.into_iter().flat_map(|block| [block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2]);
+        let mut linears = Linears::read(sources, old, weights, shape, pool)?;
+        range.map(|i| Self::take(config, weights, i, &mut linears)).collect()
+    }
+
+    /// The linear layers of a block.
+    fn sources(config: &Config, i: usize) -> [Source; 4] {
+        let (dim, hidden, bias) = (config.embed_dim, Net::hidden(config), config.proj_bias);
+        let name = |part: &str| format!("blocks.{i}.{part}");
+        let scale = |part: &str| config.layer_scale.then(|| name(&format!("{part}.gamma")));
+        let fc1 = match config.mlp {
+            MlpKind::Mlp => source(name("mlp.fc1"), hidden, dim, bias),
+            MlpKind::Swiglu => {
+                let second = Some(name("mlp.fc1_x"));
+                Source { second, gated: true, ..source(name("mlp.fc1_g"), 2 * hidden, dim, bias) }
+            }
+            MlpKind::SwigluPacked => Source { gated: true, ..source(name("mlp.fc1"), 2 * hidden, dim, bias) },
+        };
+        [
+            source(name("attn.qkv"), 3 * dim, dim, config.qkv_bias),
+            Source { scale: scale("ls1"), ..source(name("attn.proj"), dim, dim, bias) },
+            fc1,
+            Source { scale: scale("ls2"), ..source(name("mlp.fc2"), dim, hidden, bias) },
+        ]
+    }
+
+    fn take(config: &Config, weights: &dyn Weights, i: usize, linears: &mut Linears) -> Result<Self> {
+        let name = |part: &str| format!("blocks.{i}.{part}");
+        let norm = |there: bool, part, dim| there.then(|| Norm::read(config, weights, &name(part), dim)).transpose();
+        let (dim, head_dim) = (config.embed_dim, config.head_dim());
+        let q_norm = norm(config.qk_norm, "attn.q_norm", head_dim)?;
+        let k_norm = norm(config.qk_norm, "attn.k_norm", head_dim)?;
+        Ok(Self {
+            norm1: Norm::read(config, weights, &name("norm1"), dim)?,
+            qkv: linears.take(&name("attn.qkv"))?,
+            qk_norm: q_norm.zip(k_norm),
+            attn_norm: norm(config.scale_attn_norm, "attn.norm", dim)?,
+            proj: linears.take(&name("attn.proj"))?,
+            norm2: Norm::read(config, weights, &name("norm2"), dim)?,
+            mlp: Mlp {
+                fc1: linears.take(&name(if config.mlp == MlpKind::Swiglu { "mlp.fc1_g" } else { "mlp.fc1" }))?,
+                norm: norm(config.scale_mlp_norm, "mlp.norm", Net::hidden(config))?,
+                fc2: linears.take(&name("mlp.fc2"))?,
+            },
+        })
+    }
 }
 
 impl Net {
@@ -125,32 +192,20 @@ impl Net {
         if config.mlp == MlpKind::SwigluPacked { config.mlp_hidden / 2 } else { config.mlp_hidden }
     }
 
+    /// Reads and packs everything.
     pub(super) fn read(config: &Config, weights: &dyn Weights, shape: Shape, pool: &Pool) -> Result<Self> {
+        let blocks = (0..config.depth).flat_map(|i| Block::sources(config, i));
+        let sources = Self::sources(config).into_iter().chain(blocks).collect();
+        let mut linears = Linears::read(sources, [], weights, shape, pool)?;
+        let blocks = (0..config.depth).map(|i| Block::take(config, weights, i, &mut linears)).collect::<Result<_>>()?;
+        Ok(Self { blocks, ..Self::take(config, weights, &mut linears)? })
+    }
+
+    /// Everything but the blocks.
+    fn take(config: &Config, weights: &dyn Weights, linears: &mut Linears) -> Result<Self> {
         let dim = config.embed_dim;
-        let mut linears = Linears::read(Self::sources(config), weights, shape, pool)?;
         let norm = |there: bool, name: &str| there.then(|| Norm::read(config, weights, name, dim)).transpose();
         let (prefix, positions) = Self::embeddings(config, weights)?;
-        let mut blocks = Vec::with_capacity(config.depth);
-        for i in 0..config.depth {
-            let name = |part: &str| format!("blocks.{i}.{part}");
-            let head_norm = |part| Norm::read(config, weights, &name(part), config.head_dim());
-            let qk_norm = || Ok::<_, Error>((head_norm("attn.q_norm")?, head_norm("attn.k_norm")?));
-            blocks.push(Block {
-                norm1: Norm::read(config, weights, &name("norm1"), dim)?,
-                qkv: linears.take(&name("attn.qkv"))?,
-                qk_norm: config.qk_norm.then(qk_norm).transpose()?,
-                attn_norm: norm(config.scale_attn_norm, &name("attn.norm"))?,
-                proj: linears.take(&name("attn.proj"))?,
-                norm2: Norm::read(config, weights, &name("norm2"), dim)?,
-                mlp: Mlp {
-                    fc1: linears.take(&name(if config.mlp == MlpKind::Swiglu { "mlp.fc1_g" } else { "mlp.fc1" }))?,
-                    norm: (config.scale_mlp_norm)
-                        .then(|| Norm::read(config, weights, &name("mlp.norm"), Self::hidden(config)))
-                        .transpose()?,
-                    fc2: linears.take(&name("mlp.fc2"))?,
-                },
-            });
-        }
         let attn_pool = match config.global_pool {
             Pooling::Map => Some(AttnPool {
                 query: Self::query(config, weights)?,
@@ -172,7 +227,7 @@ impl Net {
             prefix,
             positions,
             norm_pre: norm(config.pre_norm, "norm_pre")?,
-            blocks,
+            blocks: vec![],
             norm: norm(config.final_norm && !config.fc_norm, "norm")?,
             attn_pool,
             // a distilled model has no norm between its tokens and its heads
@@ -190,26 +245,10 @@ impl Net {
         config.in_chans * config.patch_size[0] * config.patch_size[1]
     }
 
-    /// Every linear layer of the plan.
+    /// Every linear layer of the plan but those of the blocks.
     fn sources(config: &Config) -> Vec<Source> {
         let dim = config.embed_dim;
-        let (hidden, bias) = (Self::hidden(config), config.proj_bias);
         let mut all = vec![source("patch_embed.proj", dim, Self::patch_len(config), config.patch_bias)];
-        for i in 0..config.depth {
-            let scale = |part: &str| config.layer_scale.then(|| format!("blocks.{i}.{part}.gamma"));
-            let name = |part: &str| format!("blocks.{i}.{part}");
-            all.push(source(name("attn.qkv"), 3 * dim, dim, config.qkv_bias));
-            all.push(Source { scale: scale("ls1"), ..source(name("attn.proj"), dim, dim, bias) });
-            all.push(match config.mlp {
-                MlpKind::Mlp => source(name("mlp.fc1"), hidden, dim, bias),
-                MlpKind::Swiglu => {
-                    let second = Some(name("mlp.fc1_x"));
-                    Source { second, gated: true, ..source(name("mlp.fc1_g"), 2 * hidden, dim, bias) }
-                }
-                MlpKind::SwigluPacked => Source { gated: true, ..source(name("mlp.fc1"), 2 * hidden, dim, bias) },
-            });
-            all.push(Source { scale: scale("ls2"), ..source(name("mlp.fc2"), dim, hidden, bias) });
-        }
         if config.global_pool == Pooling::Map {
             all.push(source("attn_pool.kv", 2 * dim, dim, true));
             all.push(source("attn_pool.proj", dim, dim, true));

@@ -272,8 +272,8 @@ pub(crate) struct Source {
 }
 
 impl Linear {
-    /// Reads and packs.
-    pub(crate) fn read(weights: &dyn Weights, source: &Source, shape: Shape) -> Result<Self> {
+    /// Reads and packs, into the memory of another layer where that is of the same form.
+    pub(crate) fn read(weights: &dyn Weights, source: &Source, shape: Shape, into: Option<Self>) -> Result<Self> {
         let parts = 1 + usize::from(source.second.is_some());
         let names = || std::iter::once(&source.name).chain(&source.second);
         let rows = source.n / parts; // of each part
@@ -294,7 +294,7 @@ impl Linear {
         if let Some(scale) = &scale {
             bias.iter_mut().zip(scale).for_each(|(b, s)| *b *= s);
         }
-        Self::pack(source, shape, &bias, |row, out| {
+        Self::pack(source, shape, &bias, into, |row, out| {
             let (name, dtype, bytes) = &matrix[row / rows];
             let width = source.k * dtype.size();
             let at = row % rows * width;
@@ -325,20 +325,23 @@ impl Linear {
         source: &Source,
         shape: Shape,
         bias: &[f32],
+        into: Option<Self>,
         mut read: impl FnMut(usize, &mut [f32]) -> Result<()>,
     ) -> Result<Self> {
         let (n, k, gated) = (source.n, source.k, source.gated);
         let (cols, chunks) = (shape.cols, k.div_ceil(shape.elements.chunk()));
         let count = n.div_ceil(cols);
         let panel_bytes = chunks * cols * shape.elements.column_bytes();
-        let this = Self {
+        let same = |old: &Self| (old.n, old.k, old.gated, old.shape) == (n, k, gated, shape);
+        // what is written below is the same places again; the rest stays zero
+        let this = into.filter(same).unwrap_or_else(|| Self {
             n,
             k,
             gated,
             shape,
             panels: Buffer::new(count * panel_bytes),
             bias: Buffer::new(count * cols * size_of::<f32>()),
-        };
+        });
         let width = chunks * shape.elements.chunk();
         let mut rows = vec![0f32; cols * width];
         for panel in 0..count {

@@ -190,20 +190,41 @@ impl<'a> Pass<'a> {
 
     /// The whole pass, on each thread.
     pub(super) fn run(&self, worker: &Worker<'_>) {
-        let net = &self.engine.net;
+        self.begin(worker);
+        self.steps(worker, 0, &self.engine.net.blocks[..self.depth()]);
+        self.end(worker);
+    }
+
+    /// Blocks that are to run.
+    pub(super) fn depth(&self) -> usize {
+        let last = self.taps.iter().map(|(block, _)| *block + 1).max();
+        last.filter(|_| self.headless).unwrap_or(self.config().depth)
+    }
+
+    /// Up to the first block, on each thread.
+    pub(super) fn begin(&self, worker: &Worker<'_>) {
         let _entered = self.kernel().enter();
-        self.embed(worker, net);
-        let last = self.taps.iter().map(|(block, _)| *block).max();
-        for (i, block) in net.blocks.iter().enumerate() {
+        self.embed(worker, &self.engine.net);
+    }
+
+    /// Some blocks, of which the first has this number, on each thread.
+    pub(super) fn steps(&self, worker: &Worker<'_>, first: usize, blocks: &[Block]) {
+        let _entered = self.kernel().enter();
+        for (i, block) in (first..).zip(blocks) {
             self.block(worker, block);
             for (_, tap) in self.taps.iter().filter(|(block, _)| *block == i) {
                 self.copy_rows(worker, *tap);
             }
-            if self.headless && last == Some(i) {
-                return;
-            }
         }
-        if let Some(norm) = &net.norm {
+    }
+
+    /// From the last block on, on each thread.
+    pub(super) fn end(&self, worker: &Worker<'_>) {
+        let net = &self.engine.net;
+        let _entered = self.kernel().enter();
+        if let Some(norm) = &net.norm
+            && (self.taps.is_empty() || !self.headless)
+        {
             self.norm(worker, norm, self.x, self.rows(), NormTo::Rows(self.x));
         }
         if !self.headless {

@@ -9,6 +9,7 @@ use super::*;
 use crate::{Activation, Dtype, MlpKind, NormKind, Pool, PreLogits, TensorInfo, VisionTransformer};
 
 /// Tensors in memory.
+#[derive(Clone)]
 struct Memory {
     infos: BTreeMap<String, TensorInfo>,
     values: BTreeMap<String, Vec<f32>>,
@@ -160,7 +161,7 @@ fn engine(config: &Config, weights: &Memory, isa: Isa, precision: Precision, thr
     let pool = threads::Pool::new(threads);
     let net = Net::read(config, weights, kernel.shape(), &pool).unwrap();
     let workspace = Mutex::new(Workspace::default());
-    Engine { config: config.clone(), isa, precision, kernel, net, pool, workspace }
+    Engine { config: config.clone(), isa, precision, kernel, net, stream: None, pool, workspace }
 }
 
 fn pixels(config: &Config, batch: usize) -> Vec<f32> {
@@ -263,6 +264,29 @@ fn threads_and_batches_do_not_change_a_bit() {
 }
 
 #[test]
+fn a_streamed_model_answers_the_same_bits() {
+    for (name, config) in configs() {
+        for depth in [1, 2, 5] {
+            let config = Config { depth, ..config.clone() };
+            let (_, weights) = model(&config);
+            let pixels = pixels(&config, 2);
+            let weights = Arc::new(weights);
+            for (isa, precision) in kernels() {
+                let held = engine(&config, &weights, isa, precision, 2);
+                let kernel = kernel(isa, precision);
+                let streamed = Engine::stream_with_kernel(&config, weights.clone(), Some(2), kernel).unwrap();
+                assert!(streamed.weight_bytes() < held.weight_bytes());
+                let answer = streamed.forward(&pixels, 2).unwrap();
+                assert_eq!(answer, held.forward(&pixels, 2).unwrap(), "{name}: {isa} {precision}, {depth} deep");
+                let last = [depth - 1, 0];
+                let tokens = streamed.intermediates(&pixels, 2, &last).unwrap();
+                assert_eq!(tokens, held.intermediates(&pixels, 2, &last).unwrap(), "{name}: {isa} {precision}");
+            }
+        }
+    }
+}
+
+#[test]
 fn callers_at_once_get_their_own_answers() {
     let config = base();
     let (_, weights) = model(&config);
@@ -321,6 +345,8 @@ fn what_does_not_fit_is_refused() {
     weights.values.get_mut(name).unwrap()[77] = f32::NAN;
     let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
     assert!(error.contains(name) && error.contains("NaN"), "{error}");
+    let streamed = Engine::streamed(&config, Arc::new(weights.clone()), &options).unwrap();
+    assert_eq!(streamed.forward(&pixels(&config, 1), 1).unwrap_err().to_string(), error);
     weights.infos.remove(name);
     let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
     assert_eq!(error, format!("tensor `{name}`: missing"));
