@@ -192,9 +192,9 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
     Ok(proof)
 }
 
-/// What is as exact on every CPU. A large model answers one run only, and is not packed for more.
-fn exact(large: bool) -> predictor::Options {
-    predictor::Options { precision: predictor::Precision::F32, streamed: large, ..predictor::Options::default() }
+/// What is as exact on every CPU; streamed where there is one run only, for which a model need not be packed whole.
+fn exact(streamed: bool) -> predictor::Options {
+    predictor::Options { precision: predictor::Precision::F32, streamed, ..predictor::Options::default() }
 }
 
 /// Multiplications of one image, roughly.

@@ -25,7 +25,7 @@ pub fn opinion(
     checkpoint: &Checkpoint,
     reading: &Reading,
 ) -> Result<Result<f64, String>, Error> {
-    match compare(graph, file, &Predictor::new(checkpoint, &super::exact(true))?, reading) {
+    match compare(graph, file, &Predictor::new(checkpoint, &super::exact(false))?, reading) {
         Ok(far) => Ok(Ok(far)),
         Err(Error::Graph(why)) => Ok(Err(why.chars().take(160).collect())),
         Err(other) => Err(other),
