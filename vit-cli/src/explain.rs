@@ -4,7 +4,7 @@ use anyhow::bail;
 use candle_core::{DType, Device, Tensor};
 use image::{ExtendedColorType, ImageEncoder as _, codecs::png::PngEncoder};
 use vit_model::preprocess::Preprocess;
-use vit_model::tap::Tap;
+use vit_model::tap::{self, Tap};
 use vit_model::{BlockKind, Config, PreprocessConfig, VisionTransformer, predictor};
 
 use crate::args::{ExplainArgs, ExplainMethod};
@@ -37,10 +37,16 @@ pub fn run(args: &ExplainArgs, verbose: bool) -> anyhow::Result<()> {
     maps.blocks.truncate(config.depth);
 
     let attention = match args.method {
-        ExplainMethod::Rollout => rollout(&maps.blocks)?,
+        ExplainMethod::Rollout => {
+            let blocks = maps.blocks.iter().map(|attentions| map(attentions, None));
+            tap::rollout(&blocks.collect::<anyhow::Result<Vec<_>>>()?)?
+        }
         ExplainMethod::Map => map(&maps.blocks[args.block.unwrap_or(config.depth - 1)], args.head)?,
     };
-    let weights = per_patch(&attention, config)?;
+    let weights = tap::per_patch(&attention, config)?;
+    if let Some(bad) = weights.iter().find(|w| !w.is_finite()) {
+        bail!("the model's attention is {bad}");
+    }
     let picture = draw(&weights, config, (!args.bare).then_some((&*pixels, &checkpoint.info.preprocess)));
     let (width, height) = (picture.width as u32, picture.height as u32);
     save::file(&args.output, &[args.image.as_ref(), args.model.as_ref()], |out| {
@@ -92,31 +98,6 @@ fn map(attentions: &[Tensor], head: Option<usize>) -> anyhow::Result<Tensor> {
         Some(head) => all.get(head)?,
         None => all.mean(0)?,
     })
-}
-
-/// Attention rollout: the product over blocks of `(mean over heads + I) / 2` (arXiv 2005.00928).
-fn rollout(blocks: &[Vec<Tensor>]) -> anyhow::Result<Tensor> {
-    let mut product: Option<Tensor> = None;
-    for attentions in blocks {
-        let attention = map(attentions, None)?;
-        let identity = Tensor::eye(attention.dim(0)?, DType::F32, &Device::Cpu)?;
-        let mixed = ((attention + identity)? * 0.5)?;
-        product = Some(match product {
-            Some(before) => mixed.matmul(&before)?,
-            None => mixed,
-        });
-    }
-    product.ok_or_else(|| anyhow::anyhow!("a model without blocks"))
-}
-
-/// What the class token (or, without one, the mean token) takes from each patch: `[rows · columns]`.
-fn per_patch(attention: &Tensor, config: &Config) -> anyhow::Result<Vec<f32>> {
-    let row = if config.class_token { attention.get(0)? } else { attention.mean(0)? };
-    let weights = row.narrow(0, config.num_prefix_tokens(), config.num_patches())?.to_vec1::<f32>()?;
-    if let Some(bad) = weights.iter().find(|w| !w.is_finite()) {
-        bail!("the model's attention is {bad}");
-    }
-    Ok(weights)
 }
 
 struct Picture {

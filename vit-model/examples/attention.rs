@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor};
 use image::{ImageBuffer, Luma, Rgb, RgbImage, imageops};
-use vit_model::{Config, image::Image, load, preprocess::Preprocess};
+use vit_model::{image::Image, load, preprocess::Preprocess, tap};
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../weights/digits");
 const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/attention");
@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     let seen = seen.context("the model does not read pictures in colour")?;
     let draw = |attention: &Tensor, name: &str| -> anyhow::Result<()> {
         let path = Path::new(&folder).join(name);
-        overlay(&seen, &per_patch(attention, config)?, config.grid()).save(&path)?;
+        overlay(&seen, &tap::per_patch(attention, config)?, config.grid()).save(&path)?;
         println!("{}", path.display());
         Ok(())
     };
@@ -51,19 +51,7 @@ fn main() -> anyhow::Result<()> {
     for (block, attention) in blocks.iter().enumerate() {
         draw(attention, &format!("block-{block:02}.png"))?;
     }
-    draw(&rollout(&blocks, config.num_tokens())?, "rollout.png")
-}
-
-/// Attention through all blocks, with the residual paths around them: the product of `(A + I) / 2` (arXiv 2005.00928).
-fn rollout(blocks: &[Tensor], tokens: usize) -> candle_core::Result<Tensor> {
-    let identity = Tensor::eye(tokens, DType::F32, &Device::Cpu)?;
-    blocks.iter().try_fold(identity.clone(), |product, a| ((a + &identity)? * 0.5)?.matmul(&product))
-}
-
-/// `[N, N]` → `[rows · columns]`: what the class token (without one, the mean token) takes from each patch.
-fn per_patch(attention: &Tensor, config: &Config) -> candle_core::Result<Vec<f32>> {
-    let row = if config.class_token { attention.get(0)? } else { attention.mean(0)? }; // [N]
-    row.narrow(0, config.num_prefix_tokens(), config.num_patches())?.to_vec1()
+    draw(&tap::rollout(&blocks)?, "rollout.png")
 }
 
 /// The map, stretched to its own range and smooth between patches, half transparent over the picture.

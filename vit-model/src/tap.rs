@@ -2,7 +2,7 @@
 
 use candle_core::{Result as CandleResult, Tensor};
 
-use crate::{Error, Result, VisionTransformer};
+use crate::{Config, Error, Result, VisionTransformer};
 
 /// Something that looks on while a model runs. Every method does nothing unless it is overridden, and `()` is the tap
 /// that looks at nothing.
@@ -19,6 +19,33 @@ pub trait Tap {
 }
 
 impl Tap for () {}
+
+/// Attention rollout (arXiv 2005.00928): each block's attention, mean over its heads, `[N, N]` → the product over blocks of
+/// `(A + I) / 2`, `[N, N]`, which follows the attention and the residual paths around it from the tokens to the patches.
+///
+/// # Errors
+/// No block; matrices that are not square or not of one size.
+pub fn rollout(blocks: &[Tensor]) -> Result<Tensor> {
+    let mut product: Option<Tensor> = None;
+    for attention in blocks {
+        let identity = Tensor::eye(attention.dim(0)?, attention.dtype(), attention.device())?;
+        let mixed = ((attention + identity)? * 0.5)?;
+        product = Some(match product {
+            Some(before) => mixed.matmul(&before)?,
+            None => mixed,
+        });
+    }
+    product.ok_or_else(|| Error::Input("a rollout over no blocks".into()))
+}
+
+/// What the class token (without one, the mean token) takes from each patch: of attention `[N, N]`, `[rows · columns]`.
+///
+/// # Errors
+/// Attention of another number of tokens than the model has, or not f32.
+pub fn per_patch(attention: &Tensor, config: &Config) -> Result<Vec<f32>> {
+    let row = if config.class_token { attention.get(0)? } else { attention.mean(0)? };
+    Ok(row.narrow(0, config.num_prefix_tokens(), config.num_patches())?.to_vec1()?)
+}
 
 /// Which blocks to look at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,5 +198,23 @@ impl VisionTransformer {
         let mut maps = Maps::default();
         self.forward_tapped(x, &mut maps)?;
         Ok(maps.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::rollout;
+
+    #[test]
+    fn a_rollout_is_the_product_of_half_attention_half_identity() {
+        let matrix = |rows: [[f32; 2]; 2]| Tensor::new(&rows, &Device::Cpu).unwrap();
+        let blocks =
+            [matrix([[0.0, 1.0], [0.5, 0.5]]), matrix([[1.0, 0.0], [0.0, 1.0]]), matrix([[0.0, 1.0], [1.0, 0.0]])];
+        // by hand: the first is [[1/2, 1/2], [1/4, 3/4]], the second changes nothing, the third takes the mean of both rows
+        let found = rollout(&blocks).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(found, [[0.375, 0.625], [0.375, 0.625]]);
+        assert!(rollout(&[]).unwrap_err().to_string().contains("no blocks"));
     }
 }
