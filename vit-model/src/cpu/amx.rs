@@ -4,14 +4,13 @@
 //! blocking above it is plain Rust, and the tests run it over tiles in plain Rust too.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _MM_HINT_T1, _mm_prefetch, _xgetbv};
+use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::avx512::Avx512;
+use super::avx512::Dot;
 use super::kernel::Entered;
-use super::linear::Multiply;
+use super::linear::{Blocking, Multiply};
 use super::pack::{Elements, Product, Shape};
-use super::simd::Simd;
 
 /// Rows of a tile.
 const TILE: usize = 16;
@@ -24,18 +23,18 @@ const COLS: usize = 32;
 
 /// Proof that the CPU has AMX for bf16, and that the system lets this process use it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Amx(Avx512);
+pub(crate) struct Amx(Dot);
 
 impl Amx {
     /// The proof, where it holds. Asks Linux for permission, once.
     pub(crate) fn detect() -> Option<Self> {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
-        let avx512 = Avx512::detect()?;
+        let avx512 = Dot::detect()?;
         ALLOWED.get_or_init(|| has_tiles() && permitted()).then_some(Self(avx512))
     }
 
     /// What runs everything but the products.
-    pub(crate) fn avx512(self) -> Avx512 {
+    pub(crate) fn avx512(self) -> Dot {
         self.0
     }
 }
@@ -163,13 +162,13 @@ impl Tiles for Registers {
 /// Products in tiles: of bf16, or (`SPLIT`) of bf16 twice, high · high + high · low + low · high.
 #[derive(Debug)]
 pub(crate) struct Tiled<T, const SPLIT: bool> {
-    avx512: Avx512,
+    avx512: Dot,
     tiles: std::marker::PhantomData<fn() -> T>,
 }
 
 impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
     /// Over tiles that the caller knows this CPU to have.
-    pub(crate) fn new(avx512: Avx512) -> Self {
+    pub(crate) fn new(avx512: Dot) -> Self {
         Self { avx512, tiles: std::marker::PhantomData }
     }
 }
@@ -183,19 +182,22 @@ impl<T, const SPLIT: bool> Clone for Tiled<T, SPLIT> {
 impl<T, const SPLIT: bool> Copy for Tiled<T, SPLIT> {}
 
 impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
-    type S = Avx512;
-    const SHAPE: Shape = Shape {
-        elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 },
-        tile: TILE,
-        cols: COLS,
-        run: Avx512::RUN,
-    };
+    type S = Dot;
+    type Attention = Self;
+    const SHAPE: Shape =
+        Shape { elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 }, tile: TILE, cols: COLS, run: TILE };
     /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other.
     const DEPTH: usize = if SPLIT { 6 } else { 12 };
-    const GROUP: usize = 1;
+    /// Two thirds of the second-level cache; fewer rows would read the weights too often.
+    const BLOCKING: Blocking = Blocking::Rows { bytes: 1300 << 10, least: 208, most: 800 };
+    const QUERIES: usize = 2 * TILE;
 
-    fn simd(self) -> Avx512 {
+    fn simd(self) -> Dot {
         self.avx512
+    }
+
+    fn attention(self) -> Self {
+        self
     }
 
     fn enter(self) -> Option<Entered> {
@@ -215,6 +217,109 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                     block::<T, SPLIT, false>(p, first, &mut ahead);
                 }
             }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        let chunk_bytes = COLS * Self::SHAPE.elements.column_bytes();
+        for chunk in 0..chunks {
+            for tile in 0..2 {
+                // SAFETY: the caller's; `self` proves the features
+                unsafe {
+                    let to = to.add(chunk * chunk_bytes + tile * BYTES);
+                    let from = from.add(tile * TILE * stride + chunk * 32);
+                    let (mut high, mut low) = ([_mm512_setzero_si512(); TILE], [_mm512_setzero_si512(); TILE]);
+                    for (i, (high, low)) in high.iter_mut().zip(&mut low).enumerate() {
+                        let row = from.add(i * stride);
+                        (*high, *low) = self.split(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)));
+                    }
+                    transpose(&mut high);
+                    high.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+                    if SPLIT {
+                        transpose(&mut low);
+                        let to = to.add(2 * BYTES);
+                        low.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
+        // SAFETY: the caller's; `self` proves the features
+        unsafe {
+            // a value of the one row, a value of the other, …
+            let pairs = std::array::from_fn::<u16, 32, _>(|i| (i / 2 + i % 2 * 16) as u16);
+            let pairs = _mm512_loadu_si512(pairs.as_ptr().cast());
+            for pair in 0..TILE {
+                for tile in 0..2 {
+                    let row = |i: usize| {
+                        if i < rows { _mm512_loadu_ps(from.add(i * stride + tile * 16)) } else { _mm512_setzero_ps() }
+                    };
+                    let (high, low) = self.split(row(2 * pair), row(2 * pair + 1));
+                    let to = to.add(tile * BYTES + pair * STRIDE);
+                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, high));
+                    if SPLIT {
+                        _mm512_storeu_si512(to.add(2 * BYTES).cast(), _mm512_permutexvar_epi16(pairs, low));
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
+    /// Two vectors as bf16, one behind the other, and (`SPLIT`) what the rounding left over.
+    ///
+    /// # Safety
+    /// Inlined where the features of [`Dot`] are switched on.
+    #[inline(always)]
+    unsafe fn split(self, x: __m512, y: __m512) -> (__m512i, __m512i) {
+        let high = self.avx512.pair(x, y);
+        if !SPLIT {
+            return (high, high);
+        }
+        // SAFETY: `self` proves the features
+        unsafe {
+            let wide = |half| _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+            let x = _mm512_sub_ps(x, wide(_mm512_castsi512_si256(high)));
+            let y = _mm512_sub_ps(y, wide(_mm512_extracti64x4_epi64(high, 1)));
+            (high, self.avx512.pair(x, y))
+        }
+    }
+}
+
+/// 16 rows of 16 numbers of 32 bits → its transpose.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn transpose(rows: &mut [__m512i; TILE]) {
+    // SAFETY: the caller's
+    unsafe {
+        let mut t = *rows;
+        // pairs of rows, then fours, then the quarters of the registers, twice
+        for i in (0..16).step_by(2) {
+            t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for i in (0..16).step_by(4) {
+            rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for i in 0..4 {
+            for half in [0, 8] {
+                t[half + i] = _mm512_shuffle_i32x4::<0x88>(rows[half + i], rows[half + i + 4]);
+                t[half + i + 4] = _mm512_shuffle_i32x4::<0xdd>(rows[half + i], rows[half + i + 4]);
+            }
+        }
+        for i in 0..8 {
+            rows[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]);
+            rows[i + 8] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[i + 8]);
         }
     }
 }
@@ -266,10 +371,27 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(p: &Product, firs
         let c_lines = if BOTH { 2 * TILE * 2 } else { TILE * 2 };
         let c_step = c_lines.div_ceil(p.chunks);
         for chunk in 0..p.chunks {
+            if SPLIT {
+                // low · high first, so that both high sides are there when the right side's low one comes
+                t.load_once::<4>(top.add(p.a_low), STRIDE);
+                t.load::<6>(b, STRIDE);
+                t.dot::<0, 4, 6>();
+                t.load::<7>(b.add(BYTES), STRIDE);
+                t.dot::<1, 4, 7>();
+                if BOTH {
+                    t.load_once::<5>(bottom.add(p.a_low), STRIDE);
+                    t.dot::<2, 5, 6>();
+                    t.dot::<3, 5, 7>();
+                }
+            }
             t.load_once::<4>(top, STRIDE);
-            t.load::<6>(b, STRIDE);
+            if !SPLIT {
+                t.load::<6>(b, STRIDE);
+            }
             t.dot::<0, 4, 6>();
-            t.load::<7>(b.add(BYTES), STRIDE);
+            if !SPLIT {
+                t.load::<7>(b.add(BYTES), STRIDE);
+            }
             t.dot::<1, 4, 7>();
             if BOTH {
                 t.load_once::<5>(bottom, STRIDE);
@@ -281,22 +403,11 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(p: &Product, firs
                 T::will_write(c.add(line * STRIDE));
             }
             if SPLIT {
-                // low · high while the high right side is there, then high · low
-                t.load_once::<4>(top.add(p.a_low), STRIDE);
-                t.dot::<0, 4, 6>();
-                t.dot::<1, 4, 7>();
-                if BOTH {
-                    t.load_once::<5>(bottom.add(p.a_low), STRIDE);
-                    t.dot::<2, 5, 6>();
-                    t.dot::<3, 5, 7>();
-                }
                 t.load::<6>(b.add(2 * BYTES), STRIDE);
-                t.load::<7>(b.add(3 * BYTES), STRIDE);
-                t.load::<4>(top, STRIDE);
                 t.dot::<0, 4, 6>();
+                t.load::<7>(b.add(3 * BYTES), STRIDE);
                 t.dot::<1, 4, 7>();
                 if BOTH {
-                    t.load::<5>(bottom, STRIDE);
                     t.dot::<2, 5, 6>();
                     t.dot::<3, 5, 7>();
                 }

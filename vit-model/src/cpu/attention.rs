@@ -1,11 +1,13 @@
 //! Attention, one head of one image at a time: scores, softmax and the weighted sum for a block of queries stay in the
-//! cache; nothing of the size of all scores is ever written. In f32, whatever the linear layers are computed in.
+//! cache; nothing of the size of all scores is ever written. Both products are the kernel's own where it says so, in f32
+//! elsewhere; the softmax is in f32.
 
 use std::ops::Range;
 
+use super::linear::Multiply;
 use super::norm::Norm;
-use super::pack::{Acts, Elements, Product, Rows, Shape, pack_panel};
-use super::simd::{Op, Simd, exp};
+use super::pack::{Acts, ActsRow, Product, Rows};
+use super::simd::{Op, Simd, exp2};
 
 /// The attentions of one layer.
 pub(crate) struct Job<'a> {
@@ -49,36 +51,50 @@ impl Job<'_> {
     }
 }
 
-/// Where the parts of a thread's scratch begin, in f32 values.
+/// Where the parts of a thread's scratch begin, in bytes.
 struct Scratch {
+    /// Kᵀ in panels of keys, V in panels of its columns.
     keys: usize,
     values: usize,
+    /// A block of queries in tiles, and what the rounding of them left over so many bytes further.
     queries: usize,
+    queries_low: usize,
+    /// Scores, `[panel of keys][query][key]`.
     scores: usize,
+    /// Their softmax, in tiles.
     weights: usize,
+    weights_low: usize,
+    /// The result, `[panel of columns][query][column]`.
     sums: usize,
+    /// A panel of keys, or one query, in f32.
     rows: usize,
     end: usize,
 }
 
 impl Scratch {
-    fn new<S: Simd>(keys: usize, dim: usize) -> Self {
-        let (dim_chunks, key_chunks) = (dim.div_ceil(16), keys.div_ceil(16));
-        let (dim_panels, key_panels) = (dim.div_ceil(S::COLS), keys.div_ceil(S::COLS));
+    fn new<M: Multiply>(keys: usize, dim: usize) -> Self {
+        let (shape, queries) = (M::SHAPE, M::QUERIES.next_multiple_of(M::SHAPE.tile));
+        let elements = shape.elements;
+        let panel = |chunks: usize| chunks * shape.cols * elements.column_bytes();
+        let (dim_chunks, key_chunks) = (dim.div_ceil(elements.chunk()), keys.div_ceil(elements.chunk()));
+        let (dim_panels, key_panels) = (dim.div_ceil(shape.cols), keys.div_ceil(shape.cols));
         let mut end = 0;
-        let mut take = |len: usize| {
+        let mut take = |bytes: usize| {
             let start = end;
-            end += len.next_multiple_of(16);
+            end += bytes.next_multiple_of(64);
             start
         };
+        let (queries_low, weights_low) = (queries * dim_chunks * 64, queries * key_chunks * 64);
         let this = Self {
-            keys: take(key_panels * S::COLS * dim_chunks * 16),
-            values: take(dim_panels * S::COLS * key_chunks * 16),
-            queries: take(S::BLOCK * dim_chunks * 16),
-            scores: take(key_panels * S::BLOCK * S::COLS),
-            weights: take(S::BLOCK * key_chunks * 16),
-            sums: take(dim_panels * S::BLOCK * S::COLS),
-            rows: take(S::COLS * dim_chunks * 16),
+            keys: take(key_panels * panel(dim_chunks)),
+            values: take(dim_panels * panel(key_chunks)),
+            queries: take(queries_low * elements.planes()),
+            queries_low,
+            scores: take(key_panels * queries * shape.cols * 4),
+            weights: take(weights_low * elements.planes()),
+            weights_low,
+            sums: take(dim_panels * queries * shape.cols * 4),
+            rows: take(shape.cols * dim_chunks * elements.chunk() * 4),
             end: 0,
         };
         Self { end, ..this }
@@ -86,12 +102,13 @@ impl Scratch {
 }
 
 /// Bytes of scratch that a thread needs.
-pub(crate) fn scratch_bytes<S: Simd>(keys: usize, dim: usize) -> usize {
-    Scratch::new::<S>(keys, dim).end * size_of::<f32>()
+pub(crate) fn scratch_bytes<M: Multiply>(keys: usize, dim: usize) -> usize {
+    Scratch::new::<M>(keys, dim).end
 }
 
 /// One unit of a job.
-pub(crate) struct Unit<'a> {
+pub(crate) struct Unit<'a, M> {
+    pub(crate) multiply: M,
     pub(crate) job: &'a Job<'a>,
     pub(crate) unit: usize,
     pub(crate) threads: usize,
@@ -99,109 +116,112 @@ pub(crate) struct Unit<'a> {
     pub(crate) scratch: *mut f32,
 }
 
-impl<S: Simd> Op<S> for Unit<'_> {
+impl<M: Multiply> Op<M::S> for Unit<'_, M> {
     type Out = ();
 
     #[inline(always)]
-    fn call(self, s: S) {
-        let Self { job, unit, threads, scratch } = self;
+    fn call(self, s: M::S) {
+        let Self { multiply, job, unit, threads, scratch } = self;
         let splits = job.splits(threads);
         let (image, head, split) = (unit / splits / job.heads, unit / splits % job.heads, unit % splits);
-        let part = |i: usize| (job.queries * i / splits).next_multiple_of(S::BLOCK).min(job.queries);
-        let head = Head { job, image, head, scratch, at: Scratch::new::<S>(job.keys(), job.dim) };
+        let part = |i: usize| (job.queries * i / splits).next_multiple_of(M::QUERIES).min(job.queries);
+        let at = Scratch::new::<M>(job.keys(), job.dim);
+        let head = Head { multiply, job, image, head, scratch: scratch.cast(), at };
         // SAFETY: `job` describes rows inside its buffers, the scratch has the room `Scratch` counted, and no other unit
         // writes this head's columns of these queries
         unsafe {
             head.pack_keys(s);
-            head.pack_values(s);
+            head.pack_values();
             let (mut first, end) = (part(split), part(split + 1));
             while first < end {
-                head.attend(s, first..end.min(first + S::BLOCK));
-                first += S::BLOCK;
+                head.attend(s, first..end.min(first + M::QUERIES));
+                first += M::QUERIES;
             }
         }
     }
 }
 
-struct Head<'a> {
+struct Head<'a, M> {
+    multiply: M,
     job: &'a Job<'a>,
     image: usize,
     head: usize,
-    scratch: *mut f32,
+    scratch: *mut u8,
     at: Scratch,
 }
 
 /// # Safety of every function
 /// As in [`Unit::call`].
-impl Head<'_> {
-    fn shape<S: Simd>() -> Shape {
-        Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN }
+impl<M: Multiply> Head<'_, M> {
+    /// Bytes of a panel of so many chunks.
+    fn panel(chunks: usize) -> usize {
+        chunks * M::SHAPE.cols * M::SHAPE.elements.column_bytes()
     }
 
-    /// `scale · norm(row)`, with zeros up to whole chunks.
+    /// Chunks along a head's channels, and along the keys.
+    fn chunks(&self) -> (usize, usize) {
+        let chunk = M::SHAPE.elements.chunk();
+        (self.job.dim.div_ceil(chunk), self.job.keys().div_ceil(chunk))
+    }
+
+    /// `norm(row)`, with zeros up to whole chunks.
     #[inline(always)]
-    unsafe fn row<S: Simd>(&self, s: S, norm: Option<&Norm>, scale: f32, from: *const f32, to: *mut f32) {
-        let (dim, scale) = (self.job.dim, s.splat(scale));
+    unsafe fn row(&self, s: M::S, norm: Option<&Norm>, from: *const f32, to: *mut f32) {
+        let dim = self.job.dim;
         // SAFETY: the caller's; both norms and rows end in whole vectors of zeros or of other heads, which are cleared
         unsafe {
             match norm {
-                Some(norm) => norm.apply(s, from, |column, x| s.store(to.add(column), s.mul(x, scale))),
+                Some(norm) => norm.apply(s, from, |column, x| s.store(to.add(column), x)),
                 None => {
-                    for column in (0..dim).step_by(S::LANES) {
-                        s.store(to.add(column), s.mul(s.load(from.add(column)), scale));
+                    for column in (0..dim).step_by(M::S::LANES) {
+                        s.store(to.add(column), s.load(from.add(column)));
                     }
                 }
             }
-            for column in dim..dim.next_multiple_of(16) {
+            for column in dim..dim.next_multiple_of(M::SHAPE.elements.chunk()) {
                 *to.add(column) = 0.0;
             }
         }
     }
 
-    /// Kᵀ in panels of keys, with 1/√d.
+    /// Kᵀ in panels of keys.
     #[inline(always)]
-    unsafe fn pack_keys<S: Simd>(&self, s: S) {
-        let (job, width) = (self.job, self.job.dim.next_multiple_of(16));
-        let scale = 1.0 / (job.dim as f32).sqrt();
+    unsafe fn pack_keys(&self, s: M::S) {
+        let (job, cols, (chunks, _)) = (self.job, M::SHAPE.cols, self.chunks());
+        let width = chunks * M::SHAPE.elements.chunk();
         // SAFETY: the caller's
         unsafe {
-            let rows = self.scratch.add(self.at.rows);
-            for first in (0..job.keys()).step_by(S::COLS) {
-                for i in 0..S::COLS {
+            let rows = self.scratch.add(self.at.rows).cast::<f32>();
+            for first in (0..job.keys()).step_by(cols) {
+                for i in 0..cols {
                     let to = rows.add(i * width);
                     if first + i < job.keys() {
                         let key = self.image * job.tokens + job.first_key + first + i;
                         let from = job.k.0.row(key).add(job.k.1 + self.head * job.dim);
-                        self.row(s, job.norms.map(|(_, k)| k), scale, from, to);
+                        self.row(s, job.norms.map(|(_, k)| k), from, to);
                     } else {
                         to.write_bytes(0, width);
                     }
                 }
-                let to = self.scratch.add(self.at.keys + first * width);
-                pack_panel(Self::shape::<S>(), rows, width, S::COLS, width / 16, to.cast());
+                let to = self.scratch.add(self.at.keys + first / cols * Self::panel(chunks));
+                self.multiply.pack_columns(rows, width, chunks, to);
             }
         }
     }
 
     /// V in panels of its columns.
     #[inline(always)]
-    unsafe fn pack_values<S: Simd>(&self, s: S) {
-        let job = self.job;
-        let chunks = job.keys().div_ceil(16);
-        for panel in 0..job.dim.div_ceil(S::COLS) {
-            for key in 0..chunks * 16 {
-                for run in (0..S::COLS).step_by(S::RUN) {
-                    let at = (key / 16 * (S::COLS / S::RUN) + run / S::RUN) * 16 + key % 16;
-                    // SAFETY: the caller's; a row has room for a panel's width more than it holds
-                    unsafe {
-                        let to = self.scratch.add(self.at.values + panel * S::COLS * chunks * 16 + at * S::RUN);
-                        let row = self.image * job.tokens + job.first_key + key;
-                        let from = job.v.0.row(row).wrapping_add(job.v.1 + self.head * job.dim + panel * S::COLS + run);
-                        for column in (0..S::RUN).step_by(S::LANES) {
-                            let x = if key < job.keys() { s.load(from.add(column)) } else { s.splat(0.0) };
-                            s.store(to.add(column), x);
-                        }
-                    }
+    unsafe fn pack_values(&self) {
+        let (job, shape, (_, chunks)) = (self.job, M::SHAPE, self.chunks());
+        let chunk = shape.elements.chunk();
+        for panel in 0..job.dim.div_ceil(shape.cols) {
+            for i in 0..chunks {
+                let row = self.image * job.tokens + job.first_key + i * chunk;
+                // SAFETY: the caller's; a row has room for a panel's width more than it holds
+                unsafe {
+                    let to = self.scratch.add(self.at.values + panel * Self::panel(chunks) + i * Self::panel(1));
+                    let from = job.v.0.row(row).wrapping_add(job.v.1 + self.head * job.dim + panel * shape.cols);
+                    self.multiply.pack_rows(from, job.v.0.stride, chunk.min(job.keys() - i * chunk), to);
                 }
             }
         }
@@ -209,50 +229,56 @@ impl Head<'_> {
 
     /// `softmax(q Kᵀ / √d) V` for a block of queries.
     #[inline(always)]
-    unsafe fn attend<S: Simd>(&self, s: S, queries: Range<usize>) {
-        let Self { job, scratch, ref at, .. } = *self;
-        let (dim_chunks, key_chunks) = (job.dim.div_ceil(16), job.keys().div_ceil(16));
-        let rows = queries.len();
+    unsafe fn attend(&self, s: M::S, queries: Range<usize>) {
+        let Self { multiply, job, scratch, ref at, .. } = *self;
+        let (shape, (dim_chunks, key_chunks)) = (M::SHAPE, self.chunks());
+        let (rows, block) = (queries.len(), M::QUERIES * shape.cols);
         // SAFETY: the caller's
         unsafe {
-            let (q, scores) = (scratch.add(at.queries), scratch.add(at.scores));
-            let (weights, sums, row) = (scratch.add(at.weights), scratch.add(at.sums), scratch.add(at.rows));
+            let (q, weights) = (scratch.add(at.queries), scratch.add(at.weights));
+            let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
+            let row = scratch.add(at.rows).cast::<f32>();
+            let tiles = |start: *mut u8, chunks: usize, low: usize, i: usize| {
+                ActsRow::new(shape, start.add(i / shape.tile * chunks * shape.tile * 64), i % shape.tile, low)
+            };
             for i in 0..rows {
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
                 let from = job.q.0.row(query).add(job.q.1 + self.head * job.dim);
-                self.row(s, job.norms.map(|(q, _)| q), 1.0, from, row);
-                for chunk in 0..dim_chunks {
-                    let to = q.add(((i / S::TILE * dim_chunks + chunk) * S::TILE + i % S::TILE) * 16);
-                    for column in (0..16).step_by(S::LANES) {
-                        s.store(to.add(column), s.load(row.add(chunk * 16 + column)));
+                self.row(s, job.norms.map(|(q, _)| q), from, row);
+                let to = tiles(q, dim_chunks, at.queries_low, i);
+                for column in (0..dim_chunks * shape.elements.chunk()).step_by(2 * M::S::LANES) {
+                    if column + M::S::LANES < dim_chunks * shape.elements.chunk() {
+                        to.put_pair(s, column, s.load(row.add(column)), s.load(row.add(column + M::S::LANES)));
+                    } else {
+                        to.put(s, column, s.load(row.add(column)));
                     }
                 }
             }
-            for panel in 0..job.keys().div_ceil(S::COLS) {
-                let b = scratch.add(at.keys + panel * S::COLS * dim_chunks * 16);
-                let c = scores.add(panel * S::BLOCK * S::COLS);
-                s.product(&product::<S>(q, dim_chunks, rows, b, c));
+            for panel in 0..job.keys().div_ceil(shape.cols) {
+                let b = scratch.add(at.keys + panel * Self::panel(dim_chunks));
+                let c = scores.add(panel * block);
+                multiply.product(&product::<M>(q, dim_chunks, at.queries_low, rows, b, c));
             }
             let mut inverse = [0f32; 64];
             for (i, inverse) in inverse.iter_mut().enumerate().take(rows) {
-                let to = weights.add((i / S::TILE * key_chunks * S::TILE + i % S::TILE) * 16);
-                *inverse = 1.0 / self.softmax(s, scores.add(i * S::COLS), to);
+                let to = tiles(weights, key_chunks, at.weights_low, i);
+                *inverse = 1.0 / self.softmax(s, scores.add(i * shape.cols), to);
             }
-            for panel in 0..job.dim.div_ceil(S::COLS) {
-                let b = scratch.add(at.values + panel * S::COLS * key_chunks * 16);
-                let c = sums.add(panel * S::BLOCK * S::COLS);
-                s.product(&product::<S>(weights, key_chunks, rows, b, c));
-                let width = S::COLS.min(job.dim - panel * S::COLS);
+            for panel in 0..job.dim.div_ceil(shape.cols) {
+                let b = scratch.add(at.values + panel * Self::panel(key_chunks));
+                let c = sums.add(panel * block);
+                multiply.product(&product::<M>(weights, key_chunks, at.weights_low, rows, b, c));
+                let width = shape.cols.min(job.dim - panel * shape.cols);
                 for (i, &inverse) in inverse.iter().enumerate().take(rows) {
-                    let (row, inverse) = (c.add(i * S::COLS), s.splat(inverse));
-                    for column in (0..S::COLS).step_by(S::LANES) {
+                    let (row, inverse) = (c.add(i * shape.cols), s.splat(inverse));
+                    for column in (0..shape.cols).step_by(M::S::LANES) {
                         s.store(row.add(column), s.mul(s.load(row.add(column)), inverse));
                     }
                     let values = std::slice::from_raw_parts(row, width);
                     let query = self.image * job.queries + queries.start + i;
-                    let column = self.head * job.dim + panel * S::COLS;
+                    let column = self.head * job.dim + panel * shape.cols;
                     match job.to {
-                        To::Acts(acts) => acts.put_row(s, query, column, values),
+                        To::Acts(acts) => acts.row(query).put_run(s, column, values),
                         To::Rows(to) => to.row(query).add(column).copy_from_nonoverlapping(row, width),
                     }
                 }
@@ -260,38 +286,50 @@ impl Head<'_> {
         }
     }
 
-    /// Scores of one query, a panel every `BLOCK · COLS` values → `e^(score − largest)` in chunks; answers their sum.
+    /// Scores of one query, a panel every `QUERIES · cols` values → `e^((score − largest) / √d)` in chunks; answers
+    /// their sum.
     #[inline(always)]
-    unsafe fn softmax<S: Simd>(&self, s: S, scores: *mut f32, to: *mut f32) -> f32 {
-        let keys = self.job.keys();
-        let place = |key: usize| key / S::COLS * S::BLOCK * S::COLS + key % S::COLS;
-        let padded = keys.next_multiple_of(S::LANES);
+    unsafe fn softmax(&self, s: M::S, scores: *mut f32, to: ActsRow) -> f32 {
+        let (keys, shape) = (self.job.keys(), M::SHAPE);
+        let lanes = M::S::LANES;
+        let place = |key: usize| key / shape.cols * M::QUERIES * shape.cols + key % shape.cols;
+        let (padded, end) = (keys.next_multiple_of(lanes), keys.next_multiple_of(shape.elements.chunk()));
+        let scale = std::f32::consts::LOG2_E / (self.job.dim as f32).sqrt();
         // SAFETY: the caller's; a panel is whole vectors
         unsafe {
             for key in keys..padded {
                 *scores.add(place(key)) = f32::NEG_INFINITY;
             }
             let mut largest = s.splat(f32::NEG_INFINITY);
-            for key in (0..padded).step_by(S::LANES) {
+            for key in (0..padded).step_by(lanes) {
                 largest = s.max(largest, s.load(scores.add(place(key))));
             }
-            let largest = s.splat(s.largest(largest));
-            let mut sum = s.splat(0.0);
-            for key in (0..keys.next_multiple_of(16)).step_by(S::LANES) {
+            let (scale, offset) = (s.splat(scale), s.splat(-s.largest(largest) * scale));
+            let (mut sum, mut sum2) = (s.splat(0.0), s.splat(0.0));
+            let mut key = 0;
+            while key + 2 * lanes <= padded {
+                let x = exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
+                let y = exp2(s, s.fma(s.load(scores.add(place(key + lanes))), scale, offset));
+                (sum, sum2) = (s.add(sum, x), s.add(sum2, y));
+                to.put_pair(s, key, x, y);
+                key += 2 * lanes;
+            }
+            while key < end {
                 let mut x = s.splat(0.0);
                 if key < padded {
-                    x = exp(s, s.sub(s.load(scores.add(place(key))), largest));
+                    x = exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
                     sum = s.add(sum, x);
                 }
-                s.store(to.add(key / 16 * S::TILE * 16 + key % 16), x);
+                to.put(s, key, x);
+                key += lanes;
             }
-            s.sum(sum)
+            s.sum(s.add(sum, sum2))
         }
     }
 }
 
 /// A product of tiles and a panel that both lie in scratch.
-fn product<S: Simd>(a: *const f32, chunks: usize, rows: usize, b: *const f32, c: *mut f32) -> Product {
-    let a_tile = S::TILE * chunks * 64;
-    Product { a: a.cast(), a_tile, a_low: 0, rows, b: b.cast(), chunks, c, accumulate: false, next: b.cast() }
+fn product<M: Multiply>(a: *const u8, chunks: usize, a_low: usize, rows: usize, b: *const u8, c: *mut f32) -> Product {
+    let a_tile = M::SHAPE.tile * chunks * 64;
+    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: b }
 }

@@ -2,23 +2,40 @@
 
 use std::arch::x86_64::*;
 
-use super::linear::Multiply;
+use super::erf;
+use super::linear::{F32, Multiply};
 use super::pack::{Elements, Product, Shape};
 use super::simd::{Op, Simd, lanewise, tile};
 
-/// Proof that the CPU has AVX-512 F, BW, DQ and VL.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+/// Rows of a register tile.
+const TILE: usize = 12;
+/// Columns of one: two vectors.
+const COLS: usize = 32;
 
-impl Avx512 {
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOT` also its instructions for bf16, which dot pairs and round.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512<const DOT: bool = false>(());
+
+/// With the instructions for bf16.
+pub(crate) type Dot = Avx512<true>;
+
+impl<const DOT: bool> Avx512<DOT> {
     /// The proof, where it holds.
     pub(crate) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("fma");
+            && is_x86_feature_detected!("fma")
+            && (!DOT || is_x86_feature_detected!("avx512bf16"));
         all.then_some(Self(()))
+    }
+
+    /// Two vectors as bf16, one behind the other; only where there is `DOT`.
+    #[inline(always)]
+    pub(crate) fn pair(self, x: __m512, y: __m512) -> __m512i {
+        // SAFETY: `self` proves the features
+        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x)) }
     }
 }
 
@@ -30,27 +47,31 @@ impl Avx512 {
 unsafe fn rows<const ROWS: usize>(p: &Product, first: usize) {
     // SAFETY: as the caller says
     unsafe {
-        let (a, c) = (p.a_tile(first, Avx512::TILE), p.c.add(first * Avx512::COLS));
-        tile::<Avx512, ROWS>(Avx512(()), a.cast(), Avx512::TILE * 16, p.b.cast(), p.chunks, c, p.accumulate);
+        let (a, c) = (p.a_tile(first, TILE), p.c.add(first * COLS));
+        tile::<Avx512, ROWS>(Avx512(()), a.cast(), TILE * 16, p.b.cast(), p.chunks, c, p.accumulate);
     }
 }
 
-impl Simd for Avx512 {
+impl<const DOT: bool> Simd for Avx512<DOT> {
     type F = __m512;
     const LANES: usize = 16;
-    const TILE: usize = 12;
+    const TILE: usize = TILE;
     const BLOCK: usize = 12;
-    const COLS: usize = 32;
+    const COLS: usize = COLS;
     const RUN: usize = 16;
 
     #[inline(always)]
     fn run<T: Op<Self>>(self, op: T) -> T::Out {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-        fn go<T: Op<Avx512>>(s: Avx512, op: T) -> T::Out {
+        fn go<S: Simd, T: Op<S>>(s: S, op: T) -> T::Out {
+            op.call(s)
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
+        fn go_dot<S: Simd, T: Op<S>>(s: S, op: T) -> T::Out {
             op.call(s)
         }
         // SAFETY: `self` proves the features
-        unsafe { go(self, op) }
+        unsafe { if DOT { go_dot(self, op) } else { go(self, op) } }
     }
 
     #[inline(always)]
@@ -98,10 +119,27 @@ impl Simd for Avx512 {
     unsafe fn store_bf16(self, p: *mut u16, x: __m512) {
         // SAFETY: as for `load`
         unsafe {
+            if DOT {
+                let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
+                return _mm256_storeu_si256(p.cast(), rounded);
+            }
             let bits = _mm512_castps_si512(x);
             let odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
             let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
             _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_pair(self, p: *mut u16, x: __m512, y: __m512) {
+        // SAFETY: as for `load`
+        unsafe {
+            if DOT {
+                _mm512_storeu_si512(p.cast(), self.pair(x, y));
+            } else {
+                self.store_bf16(p, x);
+                self.store_bf16(p.add(16), y);
+            }
         }
     }
 
@@ -119,6 +157,25 @@ impl Simd for Avx512 {
         pow2(n: __m512) -> {
             let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))
+        };
+        scale(p: __m512, n: __m512) -> _mm512_scalef_ps(p, n);
+        reciprocal(a: __m512) -> {
+            // 14 bits, and a step of Newton's that doubles them
+            let r = _mm512_rcp14_ps(a);
+            _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0)), r)
+        };
+        gelu(x: __m512) -> {
+            // x/2 + |x| · E(|x|); the last piece is constant, so everything beyond may stand in its middle
+            let size = _mm512_abs_ps(x);
+            let at = _mm512_mul_ps(size, _mm512_set1_ps(1.0 / erf::WIDTH));
+            let at = _mm512_min_ps(at, _mm512_set1_ps(erf::PIECES as f32 - 0.5));
+            let (piece, u) = (_mm512_cvttps_epi32(at), _mm512_reduce_ps::<_MM_FROUND_TO_ZERO>(at));
+            let [c0, c1, c2, c3, c4, c5] = &erf::TABLE;
+            let mut p = _mm512_permutexvar_ps(piece, _mm512_loadu_ps(c5.as_ptr()));
+            for c in [c4, c3, c2, c1, c0] {
+                p = _mm512_fmadd_ps(p, u, _mm512_permutexvar_ps(piece, _mm512_loadu_ps(c.as_ptr())));
+            }
+            _mm512_fmadd_ps(size, p, _mm512_mul_ps(x, _mm512_set1_ps(0.5)))
         };
         if_positive(x: __m512, a: __m512, b: __m512) -> {
             _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_setzero_ps()), b, a)
@@ -138,17 +195,6 @@ impl Simd for Avx512 {
     }
 }
 
-/// Proof that the CPU has AVX-512 and its dot products of bf16 pairs.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Dot(Avx512);
-
-impl Dot {
-    /// The proof, where it holds.
-    pub(crate) fn detect() -> Option<Self> {
-        if is_x86_feature_detected!("avx512bf16") { Avx512::detect().map(Self) } else { None }
-    }
-}
-
 /// bf16 on both sides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bf16(pub(crate) Dot);
@@ -165,9 +211,9 @@ pub(crate) struct Bf16x3(pub(crate) Dot);
 unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usize) {
     // SAFETY: the caller's; a chunk is 16 pairs of each row, and of two runs of 16 columns, once or twice
     unsafe {
-        let mut a = p.a_tile(first, Avx512::TILE).cast::<i32>();
+        let mut a = p.a_tile(first, TILE).cast::<i32>();
         let mut b = p.b.cast::<__m512bh>();
-        let c = p.c.add(first * Avx512::COLS);
+        let c = p.c.add(first * COLS);
         let mut sum = [[_mm512_setzero_ps(); 2]; ROWS];
         if p.accumulate {
             for (i, [x, y]) in sum.iter_mut().enumerate() {
@@ -203,7 +249,7 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usi
                 row = row.add(1);
                 b = b.add(1);
             }
-            a = a.add(Avx512::TILE * 16);
+            a = a.add(TILE * 16);
             b = b.add(if SPLIT { 48 } else { 16 });
         }
         for (i, [x, y]) in sum.iter().enumerate() {
@@ -219,7 +265,7 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usi
 /// As for [`dot_rows`].
 #[inline(always)]
 unsafe fn dot<const SPLIT: bool>(p: &Product) {
-    for first in (0..p.rows).step_by(Avx512::TILE) {
+    for first in (0..p.rows).step_by(TILE) {
         // SAFETY: the caller's
         unsafe {
             match p.rows - first {
@@ -241,13 +287,19 @@ unsafe fn dot<const SPLIT: bool>(p: &Product) {
 }
 
 impl Multiply for Bf16 {
-    type S = Avx512;
-    const SHAPE: Shape = Shape { elements: Elements::Bf16, tile: Avx512::TILE, cols: Avx512::COLS, run: Avx512::RUN };
+    type S = Dot;
+    type Attention = F32<Dot>;
+    const SHAPE: Shape = Shape { elements: Elements::Bf16, tile: TILE, cols: COLS, run: 16 };
     const DEPTH: usize = 12;
+    const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
 
     #[inline(always)]
-    fn simd(self) -> Avx512 {
-        self.0.0
+    fn simd(self) -> Dot {
+        self.0
+    }
+
+    fn attention(self) -> F32<Dot> {
+        F32(self.0)
     }
 
     #[inline(always)]
@@ -258,13 +310,19 @@ impl Multiply for Bf16 {
 }
 
 impl Multiply for Bf16x3 {
-    type S = Avx512;
+    type S = Dot;
+    type Attention = F32<Dot>;
     const SHAPE: Shape = Shape { elements: Elements::Bf16x3, ..Bf16::SHAPE };
     const DEPTH: usize = 6;
+    const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
 
     #[inline(always)]
-    fn simd(self) -> Avx512 {
-        self.0.0
+    fn simd(self) -> Dot {
+        self.0
+    }
+
+    fn attention(self) -> F32<Dot> {
+        F32(self.0)
     }
 
     #[inline(always)]

@@ -39,7 +39,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => super::avx2::Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => super::avx512::Avx512::detect().is_some(),
+            Self::Avx512 => super::avx512::Avx512::<false>::detect().is_some(),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Self::Amx => super::amx::Amx::detect().is_some(),
             #[allow(unreachable_patterns)] // on x86-64 Linux all are named above

@@ -10,6 +10,8 @@ use super::simd::{Op, Simd};
 pub(crate) trait Kernel: Send + Sync {
     /// How both sides of the linear layers lie in memory.
     fn shape(&self) -> Shape;
+    /// Bytes of scratch that a thread needs for any linear layer.
+    fn linear_scratch(&self) -> usize;
     /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
     /// Prepares a thread for a pass; the answer undoes it when dropped.
@@ -37,8 +39,12 @@ impl<M: Multiply> Kernel for M {
         M::SHAPE
     }
 
+    fn linear_scratch(&self) -> usize {
+        linear::scratch_bytes::<M>()
+    }
+
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize {
-        attention::scratch_bytes::<M::S>(keys, dim)
+        attention::scratch_bytes::<M::Attention>(keys, dim)
     }
 
     fn enter(&self) -> Option<Entered> {
@@ -54,7 +60,7 @@ impl<M: Multiply> Kernel for M {
     }
 
     fn attention(&self, job: &attention::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
-        self.simd().run(attention::Unit { job, unit, threads, scratch });
+        self.simd().run(attention::Unit { multiply: Multiply::attention(*self), job, unit, threads, scratch });
     }
 
     fn norm(&self, rows: NormRows<'_>) {
@@ -90,7 +96,7 @@ impl<S: Simd> Op<S> for CopyRows {
             // SAFETY: the plan's rows are inside their buffers, and each is one unit's
             unsafe {
                 let from = std::slice::from_raw_parts(self.from.row(i * self.step + self.first), self.dim);
-                self.to.put_row(s, i, 0, from);
+                self.to.row(i).put_run(s, 0, from);
             }
         }
     }
@@ -126,7 +132,7 @@ impl<S: Simd> Op<S> for Patches<'_> {
                 run.copy_from_slice(&self.pixels[(channel * height + y) * width + column * pw..][..pw]);
             }
             // SAFETY: the plan has a row for every patch, and this row of patches is one unit's
-            unsafe { self.to.put_row(s, self.first + column, 0, patch) };
+            unsafe { self.to.row(self.first + column).put_run(s, 0, patch) };
         }
     }
 }

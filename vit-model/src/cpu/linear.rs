@@ -1,27 +1,27 @@
 //! The linear layer: blocks of rows times panels of columns, with everything that follows fused behind the product.
 
 use super::kernel::Entered;
-use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape};
-use super::simd::{Op, Simd, gelu, gelu_tanh, quick_gelu, relu, silu};
+use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape, pack_panel};
+use super::simd::{Op, Simd, gelu_tanh, quick_gelu, relu, silu};
 use crate::Activation;
-
-/// Rows that are multiplied at once: their chunks stay in the second-level cache while panels pass by.
-const BLOCK: usize = 216;
-/// The most panels of a unit.
-const GROUP: usize = 4;
 
 /// A way to multiply: an instruction set and the elements it multiplies.
 pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     /// The instruction set of everything but the product.
     type S: Simd;
+    /// How attention multiplies.
+    type Attention: Multiply<S = Self::S>;
     /// How both sides lie in memory.
     const SHAPE: Shape;
     /// Chunks of a panel that stay in the first-level cache.
     const DEPTH: usize;
-    /// Panels that are multiplied with a block of rows before the next chunks of both are fetched.
-    const GROUP: usize = GROUP;
+    /// How a job is cut.
+    const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
+    /// Queries that attention takes at once.
+    const QUERIES: usize;
 
     fn simd(self) -> Self::S;
+    fn attention(self) -> Self::Attention;
     /// Prepares the thread that calls.
     fn enter(self) -> Option<Entered> {
         None
@@ -29,6 +29,63 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     /// # Safety
     /// As [`Product`] says, for this shape.
     unsafe fn product(self, product: &Product);
+
+    /// Packs a panel whose columns are rows of a matrix in f32: Kᵀ.
+    ///
+    /// # Safety
+    /// `from` is valid for reading a panel's columns as rows of `stride` values, `chunks` chunks of each, `to` for
+    /// writing as many chunks of a panel.
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe { pack_panel(Self::SHAPE, from, stride, Self::SHAPE.cols, chunks, to) }
+    }
+
+    /// Packs one chunk of a panel whose rows are rows of a matrix in f32: V. Rows from `rows` on are zero.
+    ///
+    /// # Safety
+    /// `from` is valid for reading `rows` rows of `stride` values from which a panel's columns are taken, `to` for
+    /// writing a chunk of a panel. The default is for [`Elements::F32`].
+    #[inline(always)]
+    unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
+        let (s, Shape { cols, run, .. }) = (self.simd(), Self::SHAPE);
+        for row in 0..Self::SHAPE.elements.chunk() {
+            for column in (0..cols).step_by(Self::S::LANES) {
+                // SAFETY: the caller's
+                unsafe {
+                    let to = to.cast::<f32>().add((column / run * 16 + row) * run + column % run);
+                    let x = if row < rows { s.load(from.add(row * stride + column)) } else { s.splat(0.0) };
+                    s.store(to, x);
+                }
+            }
+        }
+    }
+}
+
+/// How a job of a linear layer is cut, so that what is read again stays in a cache near the core.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Blocking {
+    /// `DEPTH` chunks of some rows stay in the second-level cache while a few panels pass by, then the next ones.
+    Chunks { rows: usize, panels: usize },
+    /// Rows of all their chunks stay there, as far as `bytes` go, while panels pass by one by one; where they do not fit,
+    /// as many chunks as do, with the sums of the panels beside them. At least `least` rows, at most `most`.
+    Rows { bytes: usize, least: usize, most: usize },
+}
+
+/// The most panels whose sums lie beside each other, under [`Blocking::Rows`].
+const SIDE_BY_SIDE: usize = 12;
+
+impl Blocking {
+    /// Rows of sums that a unit needs.
+    const fn sums(self, tile: usize) -> usize {
+        match self {
+            Self::Chunks { rows, panels } => panels * (rows + 2 * tile + 32),
+            Self::Rows { least, most, .. } => {
+                let side_by_side = SIDE_BY_SIDE * (least + 32);
+                if most + 32 > side_by_side { most + 32 } else { side_by_side }
+            }
+        }
+    }
 }
 
 /// f32 on both sides.
@@ -37,12 +94,18 @@ pub(crate) struct F32<S>(pub(crate) S);
 
 impl<S: Simd> Multiply for F32<S> {
     type S = S;
+    type Attention = Self;
     const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
     const DEPTH: usize = 16;
+    const QUERIES: usize = S::BLOCK;
 
     #[inline(always)]
     fn simd(self) -> S {
         self.0
+    }
+
+    fn attention(self) -> Self {
+        self
     }
 
     #[inline(always)]
@@ -58,12 +121,18 @@ pub(crate) struct Widened<S>(pub(crate) S);
 
 impl<S: Simd> Multiply for Widened<S> {
     type S = S;
+    type Attention = F32<S>;
     const SHAPE: Shape = Shape { elements: Elements::Widened, ..F32::<S>::SHAPE };
     const DEPTH: usize = 16;
+    const QUERIES: usize = S::BLOCK;
 
     #[inline(always)]
     fn simd(self) -> S {
         self.0
+    }
+
+    fn attention(self) -> F32<S> {
+        F32(self.0)
     }
 
     #[inline(always)]
@@ -102,29 +171,56 @@ pub(crate) struct Job<'a> {
     pub(crate) to: To,
 }
 
-impl Job<'_> {
-    fn block(&self, shape: Shape) -> usize {
-        let blocks = self.rows.div_ceil(BLOCK);
-        self.rows.div_ceil(blocks.max(1)).next_multiple_of(shape.tile)
-    }
+/// How a job is cut in units, and how a unit runs.
+struct Plan {
+    /// Rows of a unit.
+    block: usize,
+    /// Panels of a unit.
+    group: usize,
+    /// Chunks after which the next panel's turn comes.
+    span: usize,
+}
 
-    /// Panels of a unit: fewer where threads would be left without work.
-    fn group(&self, shape: Shape, most: usize, threads: usize) -> usize {
-        let blocks = self.rows.div_ceil(self.block(shape)).max(1);
-        (blocks * self.linear.count() / (2 * threads)).clamp(1, most)
+impl Job<'_> {
+    fn plan<M: Multiply>(&self, threads: usize) -> Plan {
+        let (tile, count, chunks) = (M::SHAPE.tile, self.linear.count(), self.linear.chunks());
+        let even = |most: usize| {
+            let blocks = self.rows.div_ceil(most).max(1);
+            self.rows.div_ceil(blocks).next_multiple_of(tile)
+        };
+        match M::BLOCKING {
+            Blocking::Chunks { rows, panels } => {
+                let block = even(rows);
+                let blocks = self.rows.div_ceil(block).max(1);
+                // fewer panels where threads would be left without work
+                let group = (blocks * count / (2 * threads)).clamp(1, panels);
+                Plan { block, group, span: M::DEPTH }
+            }
+            Blocking::Rows { bytes, least, most } => {
+                let row = chunks * CHUNK_BYTES * M::SHAPE.elements.planes();
+                let block = even((bytes / row).clamp(least, most));
+                let spans = (block * row).div_ceil(bytes).min(chunks.div_ceil(M::DEPTH));
+                if spans <= 1 {
+                    return Plan { block, group: 1, span: chunks };
+                }
+                let units = self.rows.div_ceil(block) * count;
+                let group = units.div_ceil(threads).clamp(1, SIDE_BY_SIDE);
+                Plan { block, group, span: chunks.div_ceil(spans).next_multiple_of(M::DEPTH) }
+            }
+        }
     }
 
     /// Independent parts of the job. Each value is computed in one of them, in an order that does not depend on how many
     /// there are, so that results are the same for any number of threads.
     pub(crate) fn units<M: Multiply>(&self, threads: usize) -> usize {
-        let (block, group) = (self.block(M::SHAPE), self.group(M::SHAPE, M::GROUP, threads));
+        let Plan { block, group, .. } = self.plan::<M>(threads);
         self.rows.div_ceil(block) * self.linear.count().div_ceil(group)
     }
 }
 
 /// Bytes of scratch that a thread needs for any job.
-pub(crate) const fn scratch_bytes(shape: Shape) -> usize {
-    (GROUP * (BLOCK + 2 * shape.tile + 32) + 32 * 16) * shape.cols * size_of::<f32>()
+pub(crate) const fn scratch_bytes<M: Multiply>() -> usize {
+    (M::BLOCKING.sums(M::SHAPE.tile) + 16 * M::DEPTH) * M::SHAPE.cols * size_of::<f32>()
 }
 
 /// One unit of a job.
@@ -144,59 +240,65 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
     fn call(self, s: M::S) {
         let Self { multiply, job, unit, threads, scratch } = self;
         let (shape, linear) = (M::SHAPE, job.linear);
-        let (block, group) = (job.block(shape), job.group(shape, M::GROUP, threads));
-        let groups = linear.count().div_ceil(group);
+        let Plan { block, group, span } = job.plan::<M>(threads);
+        let (groups, all) = (linear.count().div_ceil(group), linear.chunks());
         let row = unit / groups * block;
         let rows = block.min(job.rows - row);
         let first = unit % groups * group;
         let panels = first..linear.count().min(first + group);
         let sums = |panel: usize| scratch.wrapping_add((panel - first) * rows.next_multiple_of(32) * shape.cols);
-        let wide = scratch.wrapping_add(GROUP * (BLOCK + 2 * shape.tile + 32) * shape.cols);
+        let wide = scratch.wrapping_add(M::BLOCKING.sums(shape.tile) * shape.cols);
 
-        for chunk in (0..linear.chunks()).step_by(M::DEPTH) {
-            let chunks = M::DEPTH.min(linear.chunks() - chunk);
-            let (a, a_tile, a_low) = job.from.left(row, chunk);
+        for start in (0..all).step_by(span) {
+            let end = all.min(start + span);
             for panel in panels.clone() {
-                let mut b = linear.panel(panel, chunk);
-                if shape.elements == Elements::Widened {
-                    // SAFETY: the panel has these chunks, and the scratch room for DEPTH of them
-                    unsafe { widen(s, b.cast(), wide, chunks * 16 * shape.cols) };
-                    b = wide.cast();
+                for chunk in (start..end).step_by(M::DEPTH) {
+                    let chunks = M::DEPTH.min(end - chunk);
+                    let (a, a_tile, a_low) = job.from.left(row, chunk);
+                    let mut b = linear.panel(panel, chunk);
+                    if shape.elements == Elements::Widened {
+                        // SAFETY: the panel has these chunks, and the scratch room for DEPTH of them
+                        unsafe { widen(s, b.cast(), wide, chunks * 16 * shape.cols) };
+                        b = wide.cast();
+                    }
+                    let next = if chunk + chunks < end {
+                        (panel, chunk + chunks)
+                    } else if panel + 1 < panels.end {
+                        (panel + 1, start)
+                    } else if end < all {
+                        (first, end)
+                    } else {
+                        (panels.end, 0)
+                    };
+                    let product = Product {
+                        a,
+                        a_tile,
+                        a_low,
+                        rows,
+                        b,
+                        chunks,
+                        c: sums(panel),
+                        accumulate: chunk > 0,
+                        next: linear.panel(next.0, next.1),
+                    };
+                    // SAFETY: `from` has the job's rows in whole tiles and K in whole chunks, so has the panel; the sums
+                    // of a group fit the scratch
+                    unsafe { multiply.product(&product) };
                 }
-                let next = if panel + 1 < panels.end {
-                    (panel + 1, chunk)
-                } else if chunk + chunks < linear.chunks() {
-                    (first, chunk + chunks)
-                } else {
-                    (panels.end, 0)
-                };
-                let product = Product {
-                    a,
-                    a_tile,
-                    a_low,
-                    rows,
-                    b,
-                    chunks,
-                    c: sums(panel),
-                    accumulate: chunk > 0,
-                    next: linear.panel(next.0, next.1),
-                };
-                // SAFETY: `from` has the job's rows in whole tiles and K in whole chunks, so has the panel; the sums of
-                // a group fit the scratch
-                unsafe { multiply.product(&product) };
-            }
-        }
-        for panel in panels {
-            let finish = Finish { job, panel, row, rows, sums: sums(panel) };
-            // SAFETY: the sums were just computed, and no other unit writes these rows and columns
-            unsafe {
-                match job.act {
-                    None => finish.run(s, shape, |x| x),
-                    Some(Activation::Gelu) => finish.run(s, shape, |x| gelu(s, x)),
-                    Some(Activation::GeluTanh) => finish.run(s, shape, |x| gelu_tanh(s, x)),
-                    Some(Activation::QuickGelu) => finish.run(s, shape, |x| quick_gelu(s, x)),
-                    Some(Activation::Relu) => finish.run(s, shape, |x| relu(s, x)),
-                    Some(Activation::Silu) => finish.run(s, shape, |x| silu(s, x)),
+                if end < all {
+                    continue;
+                }
+                let finish = Finish { job, panel, row, rows, sums: sums(panel) };
+                // SAFETY: the sums are complete, and no other unit writes these rows and columns
+                unsafe {
+                    match job.act {
+                        None => finish.run::<_, Identity>(s, shape),
+                        Some(Activation::Gelu) => finish.run::<_, Gelu>(s, shape),
+                        Some(Activation::GeluTanh) => finish.run::<_, GeluTanh>(s, shape),
+                        Some(Activation::QuickGelu) => finish.run::<_, QuickGelu>(s, shape),
+                        Some(Activation::Relu) => finish.run::<_, Relu>(s, shape),
+                        Some(Activation::Silu) => finish.run::<_, Silu>(s, shape),
+                    }
                 }
             }
         }
@@ -215,6 +317,35 @@ unsafe fn widen<S: Simd>(s: S, from: *const u16, to: *mut f32, len: usize) {
     }
 }
 
+/// An activation. Not a closure, as those that stand in several places are not inlined, and then not compiled for the
+/// instruction set.
+trait Act<S: Simd> {
+    fn call(s: S, x: S::F) -> S::F;
+}
+
+/// Types for the activations.
+macro_rules! acts {
+    ($($name:ident: |$s:ident, $x:ident| $body:expr;)*) => {$(
+        struct $name;
+
+        impl<S: Simd> Act<S> for $name {
+            #[inline(always)]
+            fn call($s: S, $x: S::F) -> S::F {
+                $body
+            }
+        }
+    )*};
+}
+
+acts! {
+    Identity: |_s, x| x;
+    Gelu: |s, x| s.gelu(x);
+    GeluTanh: |s, x| gelu_tanh(s, x);
+    QuickGelu: |s, x| quick_gelu(s, x);
+    Relu: |s, x| relu(s, x);
+    Silu: |s, x| silu(s, x);
+}
+
 /// The end of a unit, for one panel.
 struct Finish<'a> {
     job: &'a Job<'a>,
@@ -224,42 +355,80 @@ struct Finish<'a> {
     sums: *const f32,
 }
 
+/// # Safety of every function
+/// `sums` holds the product of these rows and this panel, and nothing else refers to where the results go.
 impl Finish<'_> {
-    /// Column of the sums at run `j`, lane 0.
-    ///
-    /// # Safety
-    /// `sums` holds the product of these rows and this panel, and nothing else refers to where the results go.
+    /// Row by row, everything that follows the product.
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, s: S, shape: Shape, act: impl Fn(S::F) -> S::F) {
-        let Self { job, panel, row, rows, sums } = *self;
-        let cols = shape.cols;
-        let width = if job.linear.gated { cols / 2 } else { cols };
-        let bias = job.linear.bias(panel);
-        for i in 0..rows {
-            for j in (0..width).step_by(S::LANES) {
-                // SAFETY: inside the panel's row of sums and its biases; the caller's for the result
-                unsafe {
-                    let sum = sums.add(i * cols + j);
-                    let mut x = act(s.add(s.load(sum), s.load(bias.add(j))));
-                    if job.linear.gated {
-                        x = s.mul(x, s.add(s.load(sum.add(width)), s.load(bias.add(width + j))));
-                    }
-                    let column = panel * width + j;
-                    match job.to {
-                        To::Acts(acts) => acts.put(s, row + i, column, x),
-                        To::Rows(rows, Add::Nothing) => s.store(rows.row(row + i).add(column), x),
-                        To::Rows(rows, Add::Residual) => {
-                            let to = rows.row(row + i).add(column);
-                            s.store(to, s.add(s.load(to), x));
+    unsafe fn run<S: Simd, A: Act<S>>(&self, s: S, shape: Shape) {
+        let Self { job, panel, row, rows, .. } = *self;
+        let width = if job.linear.gated { shape.cols / 2 } else { shape.cols };
+        let first = panel * width;
+        // SAFETY: the caller's
+        unsafe {
+            for i in 0..rows {
+                let value = Value { finish: self, cols: shape.cols, i };
+                match job.to {
+                    To::Acts(acts) => {
+                        let to = acts.row_of(shape.tile, row + i);
+                        if width.is_multiple_of(2 * S::LANES) {
+                            for j in (0..width).step_by(2 * S::LANES) {
+                                let (x, y) = (value.at::<S, A>(s, j), value.at::<S, A>(s, j + S::LANES));
+                                to.put_pair(s, first + j, x, y);
+                            }
+                        } else {
+                            for j in (0..width).step_by(S::LANES) {
+                                to.put(s, first + j, value.at::<S, A>(s, j));
+                            }
                         }
-                        To::Rows(to, Add::Position { rows, period, stride, first }) => {
-                            let (image, at) = ((row + i) / period, (row + i) % period);
-                            let x = rows.map_or(x, |rows| s.add(x, s.load(rows.row(at).add(column))));
-                            s.store(to.row(image * stride + first + at).add(column), x);
+                    }
+                    To::Rows(rows, add) => {
+                        let (to, added) = match add {
+                            Add::Nothing => (rows.row(row + i), None),
+                            Add::Residual => (rows.row(row + i), Some(rows.row(row + i))),
+                            Add::Position { rows: positions, period, stride, first } => {
+                                let (image, at) = ((row + i) / period, (row + i) % period);
+                                (rows.row(image * stride + first + at), positions.map(|rows| rows.row(at)))
+                            }
+                        };
+                        for j in (0..width).step_by(S::LANES) {
+                            let mut x = value.at::<S, A>(s, j);
+                            if let Some(added) = added {
+                                x = s.add(x, s.load(added.add(first + j)));
+                            }
+                            s.store(to.add(first + j), x);
                         }
                     }
                 }
             }
+        }
+    }
+}
+
+/// The values of one row.
+struct Value<'a> {
+    finish: &'a Finish<'a>,
+    cols: usize,
+    i: usize,
+}
+
+impl Value<'_> {
+    /// `act(sum + bias)`, of a gated layer `act(gate) · value`.
+    ///
+    /// # Safety
+    /// As for [`Finish`]; the row has a vector at `j`.
+    #[inline(always)]
+    unsafe fn at<S: Simd, A: Act<S>>(&self, s: S, j: usize) -> S::F {
+        let Finish { job, panel, sums, .. } = *self.finish;
+        // SAFETY: inside the panel's rows of sums and its biases
+        unsafe {
+            let (sum, bias) = (sums.add(self.i * self.cols + j), job.linear.bias(panel).add(j));
+            let x = A::call(s, s.add(s.load(sum), s.load(bias)));
+            if !job.linear.gated {
+                return x;
+            }
+            let width = self.cols / 2;
+            s.mul(x, s.add(s.load(sum.add(width)), s.load(bias.add(width))))
         }
     }
 }

@@ -25,6 +25,8 @@ mod avx2;
 mod avx512;
 mod buffer;
 mod detect;
+#[cfg(target_arch = "x86_64")]
+mod erf;
 mod kernel;
 mod linear;
 mod net;
@@ -162,7 +164,7 @@ fn choose(isa: Isa, precision: Precision) -> Result<(Box<dyn Kernel>, Isa, Preci
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => {
-            let avx512 = avx512::Avx512::detect().ok_or_else(lost)?;
+            let avx512 = avx512::Avx512::<false>::detect().ok_or_else(lost)?;
             match (precision, avx512::Dot::detect()) {
                 (Precision::Bf16, Some(dot)) => (Box::new(avx512::Bf16(dot)), isa, Precision::Bf16),
                 (Precision::Bf16, None) => (Box::new(Widened(avx512)), isa, Precision::Bf16),

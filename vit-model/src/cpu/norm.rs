@@ -46,7 +46,6 @@ impl Norm {
             for (i, x) in tail.iter_mut().enumerate().take(self.dim - whole) {
                 *x = *row.add(whole + i);
             }
-            let tail = if whole < self.dim { Some(s.load(tail.as_ptr())) } else { None };
             let weight = self.values.ptr().cast::<f32>().cast_const();
             let bias = weight.add(self.dim.next_multiple_of(PAD));
             let n = self.dim as f32;
@@ -62,8 +61,7 @@ impl Norm {
                 if i < whole {
                     x = s.add(x, s.load(row.add(i)));
                 }
-                let sum = s.add(x, y);
-                mean = s.sum(tail.map_or(sum, |tail| s.add(sum, tail))) / n;
+                mean = s.sum(s.add(s.add(x, y), s.load(tail.as_ptr()))) / n;
             }
             let m = s.splat(mean);
             let (mut x, mut y) = (s.splat(0.0), s.splat(0.0));
@@ -82,15 +80,14 @@ impl Norm {
                 squares += (*row.add(i) - mean).powi(2);
             }
             let r = s.splat(1.0 / (squares / n + self.eps).sqrt());
-            let norm = |x, i| s.fma(s.mul(s.sub(x, m), r), s.load(weight.add(i)), s.load(bias.add(i)));
+            // one loop, so that `put` stands in one place and is inlined
             let mut i = 0;
-            while i < whole {
-                put(i, norm(s.load(row.add(i)), i));
-                i += S::LANES;
-            }
-            if let Some(tail) = tail {
+            while i < self.dim {
                 // the weight and bias of the padding are zero, and so is the result
-                put(whole, norm(tail, whole));
+                let x = if i < whole { s.load(row.add(i)) } else { s.load(tail.as_ptr()) };
+                let x = s.mul(s.sub(x, m), r);
+                put(i, s.fma(x, s.load(weight.add(i)), s.load(bias.add(i))));
+                i += S::LANES;
             }
         }
     }
@@ -125,7 +122,10 @@ impl<S: Simd> Op<S> for NormRows<'_> {
             // SAFETY: the plan's rows are inside their buffers, each is one unit's, and rows have room for whole vectors
             unsafe {
                 match self.to {
-                    NormTo::Acts(acts) => self.norm.apply(s, from, |column, x| acts.put(s, i, column, x)),
+                    NormTo::Acts(acts) => {
+                        let to = acts.row(i);
+                        self.norm.apply(s, from, |column, x| to.put(s, column, x));
+                    }
                     NormTo::Rows(rows) => self.norm.apply(s, from, |column, x| s.store(rows.row(i).add(column), x)),
                     NormTo::Position(rows, add, [period, stride, first]) => {
                         let to = rows.row(i / period * stride + first + i % period);

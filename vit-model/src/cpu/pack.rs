@@ -139,25 +139,59 @@ impl Acts {
         (start, tile, self.plane)
     }
 
-    /// Where a value lies, in bytes.
+    /// A row, to be written.
     #[inline(always)]
-    fn offset(&self, row: usize, column: usize) -> usize {
-        let (tile, chunk) = (self.shape.tile, self.shape.elements.chunk());
-        let start = (row / tile * self.chunks + column / chunk) * tile + row % tile;
-        start * CHUNK_BYTES + column % chunk * (CHUNK_BYTES / chunk)
+    pub(crate) fn row(&self, row: usize) -> ActsRow {
+        self.row_of(self.shape.tile, row)
     }
 
-    /// Writes one vector.
-    ///
-    /// # Safety
-    /// The view's memory is alive and has the row and `LANES` columns from `column`, a multiple of `LANES`; no other
-    /// thread touches them.
+    /// A row, where the rows of a tile are known when the code is compiled.
     #[inline(always)]
-    pub(crate) unsafe fn put<S: Simd>(&self, s: S, row: usize, column: usize, x: S::F) {
+    pub(crate) fn row_of(&self, tile: usize, row: usize) -> ActsRow {
+        debug_assert_eq!(tile, self.shape.tile);
+        let start = (row / tile * self.chunks * tile + row % tile) * CHUNK_BYTES;
+        let (step, plane, elements) = (tile * CHUNK_BYTES, self.plane, self.shape.elements);
+        ActsRow { start: self.start.wrapping_add(start), step, plane, elements }
+    }
+}
+
+/// One row of activations in tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct ActsRow {
+    start: *mut u8,
+    /// Bytes from a chunk to the next.
+    step: usize,
+    /// Bytes from the values to what the rounding left over.
+    plane: usize,
+    elements: Elements,
+}
+
+/// # Safety of every function
+/// The memory is alive and has the columns that are written; no other thread touches them.
+impl ActsRow {
+    /// A row in memory of one's own: `[chunk][row of the tile][64 bytes]`, and as many planes.
+    #[inline(always)]
+    pub(crate) fn new(shape: Shape, tile: *mut u8, row: usize, plane: usize) -> Self {
+        let step = shape.tile * CHUNK_BYTES;
+        Self { start: tile.wrapping_add(row * CHUNK_BYTES), step, plane, elements: shape.elements }
+    }
+
+    #[inline(always)]
+    fn at(&self, column: usize) -> *mut u8 {
+        let offset = match self.elements {
+            Elements::F32 | Elements::Widened => column / 16 * self.step + column % 16 * 4,
+            Elements::Bf16 | Elements::Bf16x3 => column / 32 * self.step + column % 32 * 2,
+        };
+        self.start.wrapping_add(offset)
+    }
+
+    /// Writes one vector; `column` is a multiple of `LANES`.
+    #[inline(always)]
+    pub(crate) unsafe fn put<S: Simd>(&self, s: S, column: usize, x: S::F) {
+        let p = self.at(column);
         // SAFETY: the caller's
         unsafe {
-            let p = self.start.add(self.offset(row, column));
-            match self.shape.elements {
+            match self.elements {
                 Elements::F32 | Elements::Widened => s.store(p.cast(), x),
                 Elements::Bf16 => s.store_bf16(p.cast(), x),
                 Elements::Bf16x3 => {
@@ -168,25 +202,43 @@ impl Acts {
         }
     }
 
-    /// Writes a run of values that begins at any column.
-    ///
-    /// # Safety
-    /// As for [`put`](Self::put), with `values.len()` columns.
+    /// Writes two vectors; `column` is a multiple of `2 · LANES`.
     #[inline(always)]
-    pub(crate) unsafe fn put_row<S: Simd>(&self, s: S, row: usize, column: usize, values: &[f32]) {
+    pub(crate) unsafe fn put_pair<S: Simd>(&self, s: S, column: usize, x: S::F, y: S::F) {
+        let p: *mut u16 = self.at(column).cast();
+        // SAFETY: the caller's
+        unsafe {
+            match self.elements {
+                Elements::F32 | Elements::Widened => {
+                    self.put(s, column, x);
+                    self.put(s, column + S::LANES, y);
+                }
+                Elements::Bf16 => s.store_bf16_pair(p, x, y),
+                Elements::Bf16x3 => {
+                    s.store_bf16_pair(p, x, y);
+                    let (x, y) = (s.sub(x, s.load_bf16(p)), s.sub(y, s.load_bf16(p.add(S::LANES))));
+                    s.store_bf16_pair(p.byte_add(self.plane), x, y);
+                }
+            }
+        }
+    }
+
+    /// Writes a run of values that begins at any column.
+    #[inline(always)]
+    pub(crate) unsafe fn put_run<S: Simd>(&self, s: S, column: usize, values: &[f32]) {
         let mut at = 0;
         if column.is_multiple_of(S::LANES) {
             while at + S::LANES <= values.len() {
                 // SAFETY: the caller's; the values were counted
-                unsafe { self.put(s, row, column + at, s.load(values.as_ptr().add(at))) };
+                unsafe { self.put(s, column + at, s.load(values.as_ptr().add(at))) };
                 at += S::LANES;
             }
         }
         for (i, &x) in values.iter().enumerate().skip(at) {
+            let p = self.at(column + i);
             // SAFETY: the caller's
             unsafe {
-                let p = self.start.add(self.offset(row, column + i));
-                match self.shape.elements {
+                match self.elements {
                     Elements::F32 | Elements::Widened => *p.cast::<f32>() = x,
                     Elements::Bf16 => *p.cast() = half::bf16::from_f32(x),
                     Elements::Bf16x3 => {

@@ -86,7 +86,7 @@ impl Workspace {
     pub(super) fn fit(&mut self, config: &Config, kernel: &dyn Kernel, images: usize, threads: usize) {
         if self.scratch.is_empty() {
             let keys = config.num_tokens();
-            let bytes = linear::scratch_bytes(kernel.shape())
+            let bytes = (kernel.linear_scratch())
                 .max(kernel.attention_scratch(keys, config.head_dim()))
                 .max(Net::patch_len(config) * size_of::<f32>());
             self.scratch = (0..threads).map(|_| Buffer::new(bytes)).collect();

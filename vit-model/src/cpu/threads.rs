@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -25,10 +25,27 @@ struct Shared {
     slot: Mutex<Slot>,
     start: Condvar,
     barrier: Barrier,
-    /// The next unit of the phase that runs.
-    next: AtomicUsize,
+    /// What is left of each thread's share of the phase that runs.
+    shares: Box<[Share]>,
     /// A thread of this pass has panicked: nobody waits for it.
     broken: AtomicBool,
+}
+
+/// The units of one thread: its first, one bit that tells odd phases from even ones, and the end, in a line of its own.
+///
+/// Whoever comes first in a phase, the owner or a thread with nothing left to do, finds the last phase's bit and sets the
+/// share up; at the end of a phase all shares are empty.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn pack(odd: bool, first: usize, end: usize) -> u64 {
+        (first as u64) << 33 | u64::from(odd) << 32 | end as u64
+    }
+
+    fn unpack(word: u64) -> (bool, usize, usize) {
+        (word >> 32 & 1 == 1, (word >> 33) as usize, (word & 0xffff_ffff) as usize)
+    }
 }
 
 struct Slot {
@@ -57,18 +74,20 @@ pub(crate) struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Runs `f` once for every unit, each on whichever thread is free, and returns when all are done.
+    /// Runs `f` once for every unit, and returns when all are done. Each thread takes a run of neighbours in their order,
+    /// so that it knows what it will need next, and then from the end of what others have left.
     ///
     /// Every thread of the pass must make the same calls in the same order.
     pub(crate) fn each(&self, units: usize, mut f: impl FnMut(usize)) {
-        loop {
-            let unit = self.shared.next.fetch_add(1, SeqCst);
-            if unit >= units {
-                break;
+        debug_assert!(units < 1 << 31, "a share has 31 bits for a unit");
+        let shared = self.shared;
+        let odd = shared.barrier.phase.load(SeqCst) % 2 == 1;
+        for other in 0..shared.count {
+            while let Some(unit) = shared.take((self.index + other) % shared.count, units, odd, other > 0) {
+                f(unit);
             }
-            f(unit);
         }
-        self.shared.barrier.wait(self.shared);
+        shared.barrier.wait(shared);
     }
 }
 
@@ -96,7 +115,7 @@ impl Pool {
             slot: Mutex::new(slot),
             start: Condvar::new(),
             barrier: Barrier::default(),
-            next: AtomicUsize::new(0),
+            shares: (0..count).map(|_| Share(AtomicU64::new(0))).collect(),
             broken: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared), threads: Vec::new(), turn: Mutex::new(()) }
@@ -114,7 +133,10 @@ impl Pool {
     pub(crate) fn run(&self, job: &(dyn Fn(&Worker<'_>) + Sync)) {
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        shared.next.store(0, SeqCst);
+        let last_odd = shared.barrier.phase.load(SeqCst) % 2 == 0;
+        for share in &shared.shares {
+            share.0.store(Share::pack(last_odd, 0, 0), SeqCst);
+        }
         shared.broken.store(false, SeqCst);
         shared.barrier.arrived.store(0, SeqCst);
         if shared.count > 1 {
@@ -151,6 +173,30 @@ impl Drop for Pool {
 }
 
 impl Shared {
+    /// One unit of a thread's share of this phase, the first or the last, if any is left.
+    fn take(&self, thread: usize, units: usize, odd: bool, last: bool) -> Option<usize> {
+        let share = &self.shares[thread].0;
+        let mut found = share.load(SeqCst);
+        loop {
+            let (of_this_phase, mut first, mut end) = Share::unpack(found);
+            let begun = of_this_phase == odd;
+            if !begun {
+                (first, end) = (units * thread / self.count, units * (thread + 1) / self.count);
+            }
+            let unit = if last { end.wrapping_sub(1) } else { first };
+            let left = match (first < end, last) {
+                (false, _) if begun => return None,
+                (false, _) => (first, end),
+                (true, false) => (first + 1, end),
+                (true, true) => (first, end - 1),
+            };
+            match share.compare_exchange_weak(found, Share::pack(odd, left.0, left.1), SeqCst, SeqCst) {
+                Ok(_) => return (first < end).then_some(unit),
+                Err(now) => found = now,
+            }
+        }
+    }
+
     /// The life of a thread: sleep, run a pass, sleep.
     fn serve(&self, index: usize) {
         let mut seen = 0;
@@ -197,12 +243,11 @@ struct Barrier {
 }
 
 impl Barrier {
-    /// The last thread to arrive sets the unit counter back and lets all go.
+    /// The last thread to arrive lets all go.
     fn wait(&self, shared: &Shared) {
         let phase = self.phase.load(SeqCst);
         if self.arrived.fetch_add(1, SeqCst) + 1 == shared.count {
             self.arrived.store(0, SeqCst);
-            shared.next.store(0, SeqCst);
             self.phase.fetch_add(1, SeqCst);
             if self.sleepers.load(SeqCst) > 0 {
                 drop(lock(&shared.slot)); // a sleeper either has seen the new phase or is on the condition variable
