@@ -5,12 +5,14 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::avx512::Dot;
 use super::kernel::Entered;
 use super::linear::{Blocking, Multiply};
 use super::pack::{Elements, Product, Shape};
+use super::simd::Ahead;
 
 /// Rows of a tile.
 const TILE: usize = 16;
@@ -187,10 +189,11 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     const SHAPE: Shape =
         Shape { elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 }, tile: TILE, cols: COLS, run: TILE };
     /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other.
-    const DEPTH: usize = if SPLIT { 6 } else { 12 };
+    const DEPTH: usize = if SPLIT { 8 } else { 12 };
     /// Two thirds of the second-level cache; fewer rows would read the weights too often.
     const BLOCKING: Blocking = Blocking::Rows { bytes: 1300 << 10, least: 208, most: 800 };
     const QUERIES: usize = 2 * TILE;
+    const FOLLOWS: bool = true;
 
     fn simd(self) -> Dot {
         self.avx512
@@ -204,20 +207,23 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
         T::enter()
     }
 
-    unsafe fn product(self, p: &Product) {
-        let steps = p.rows.div_ceil(2 * TILE) * p.chunks;
-        let panel_bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
-        let mut ahead = Ahead { next: p.next, lines: panel_bytes.div_ceil(64).div_ceil(steps.max(1)) };
+    unsafe fn product(self, p: &Product<'_>) {
+        let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
+        let mut ahead = Ahead::new(p.next, bytes, p.rows.div_ceil(2 * TILE) * p.chunks);
+        let mut behind = Behind { follow: p.follow, next: 0, complete: 0, rows: (2 * TILE).div_ceil(p.chunks) };
         for first in (0..p.rows).step_by(2 * TILE) {
             // SAFETY: the caller's; `c` has room for whole tiles
             unsafe {
                 if p.rows - first > TILE {
-                    block::<T, SPLIT, true>(p, first, &mut ahead);
+                    block::<T, SPLIT, true>(p, first, &mut ahead, &mut behind);
                 } else {
-                    block::<T, SPLIT, false>(p, first, &mut ahead);
+                    block::<T, SPLIT, false>(p, first, &mut ahead, &mut behind);
                 }
             }
+            behind.complete = p.rows.min(first + 2 * TILE);
         }
+        behind.rows = p.rows;
+        behind.step();
     }
 
     #[inline(always)]
@@ -324,19 +330,24 @@ unsafe fn transpose(rows: &mut [__m512i; TILE]) {
     }
 }
 
-/// Fetches the next panel into the second-level cache, some lines a step.
-struct Ahead {
-    next: *const u8,
-    lines: usize,
+/// What follows the product, for rows that are complete, some of them a step: the vector unit works while the tiles do.
+struct Behind<'a> {
+    follow: Option<&'a dyn Fn(Range<usize>)>,
+    next: usize,
+    complete: usize,
+    /// Rows of a step.
+    rows: usize,
 }
 
-impl Ahead {
+impl Behind<'_> {
     #[inline(always)]
     fn step(&mut self) {
-        for _ in 0..self.lines {
-            // SAFETY: a hint, which no address can make fail
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
-            self.next = self.next.wrapping_add(64);
+        if let Some(follow) = self.follow
+            && self.next < self.complete
+        {
+            let end = self.complete.min(self.next + self.rows);
+            follow(self.next..end);
+            self.next = end;
         }
     }
 }
@@ -346,7 +357,12 @@ impl Ahead {
 /// # Safety
 /// As [`Product`] says; `c` has room for whole tiles of rows.
 #[inline(always)]
-unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(p: &Product, first: usize, ahead: &mut Ahead) {
+unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
+    p: &Product<'_>,
+    first: usize,
+    ahead: &mut Ahead,
+    behind: &mut Behind<'_>,
+) {
     const ROW: usize = COLS * size_of::<f32>();
     let mut t = T::new();
     // SAFETY: the caller's
@@ -399,6 +415,7 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(p: &Product, firs
                 t.dot::<3, 5, 7>();
             }
             ahead.step();
+            behind.step();
             for line in chunk * c_step..c_lines.min((chunk + 1) * c_step) {
                 T::will_write(c.add(line * STRIDE));
             }

@@ -329,7 +329,14 @@ impl<M: Multiply> Head<'_, M> {
 }
 
 /// A product of tiles and a panel that both lie in scratch.
-fn product<M: Multiply>(a: *const u8, chunks: usize, a_low: usize, rows: usize, b: *const u8, c: *mut f32) -> Product {
+fn product<M: Multiply>(
+    a: *const u8,
+    chunks: usize,
+    a_low: usize,
+    rows: usize,
+    b: *const u8,
+    c: *mut f32,
+) -> Product<'static> {
     let a_tile = M::SHAPE.tile * chunks * 64;
-    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: b }
+    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: b, follow: None }
 }

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::pack::Product;
-use super::simd::{Op, Simd, lanewise, tile};
+use super::simd::{Ahead, Op, Simd, lanewise, tile};
 
 /// Proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +21,7 @@ impl Avx2 {
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows<const ROWS: usize>(p: &Product, first: usize) {
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
     // SAFETY: as the caller says
     unsafe {
         let (a, c) = (p.a_tile(first, Avx2::TILE), p.c.add(first * Avx2::COLS));
@@ -48,8 +48,10 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn product(self, p: &Product) {
+    unsafe fn product(self, p: &Product<'_>) {
+        let mut ahead = Ahead::new(p.next, p.chunks * 16 * Self::COLS * size_of::<f32>(), p.rows.div_ceil(Self::TILE));
         for first in (0..p.rows).step_by(Self::TILE) {
+            ahead.step();
             // SAFETY: `self` proves the features; the rest is the caller's
             unsafe {
                 match p.rows - first {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::erf;
 use super::linear::{F32, Multiply};
 use super::pack::{Elements, Product, Shape};
-use super::simd::{Op, Simd, lanewise, tile};
+use super::simd::{Ahead, Op, Simd, lanewise, tile};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
@@ -44,7 +44,7 @@ impl<const DOT: bool> Avx512<DOT> {
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-unsafe fn rows<const ROWS: usize>(p: &Product, first: usize) {
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
     // SAFETY: as the caller says
     unsafe {
         let (a, c) = (p.a_tile(first, TILE), p.c.add(first * COLS));
@@ -75,8 +75,10 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
 
     #[inline(always)]
-    unsafe fn product(self, p: &Product) {
+    unsafe fn product(self, p: &Product<'_>) {
+        let mut ahead = Ahead::new(p.next, p.chunks * 16 * Self::COLS * size_of::<f32>(), p.rows.div_ceil(Self::TILE));
         for first in (0..p.rows).step_by(Self::TILE) {
+            ahead.step();
             // SAFETY: `self` proves the features; the rest is the caller's
             unsafe {
                 match p.rows - first {
@@ -208,7 +210,7 @@ pub(crate) struct Bf16x3(pub(crate) Dot);
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usize) {
+unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first: usize) {
     // SAFETY: the caller's; a chunk is 16 pairs of each row, and of two runs of 16 columns, once or twice
     unsafe {
         let mut a = p.a_tile(first, TILE).cast::<i32>();
@@ -264,7 +266,7 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product, first: usi
 /// # Safety
 /// As for [`dot_rows`].
 #[inline(always)]
-unsafe fn dot<const SPLIT: bool>(p: &Product) {
+unsafe fn dot<const SPLIT: bool>(p: &Product<'_>) {
     for first in (0..p.rows).step_by(TILE) {
         // SAFETY: the caller's
         unsafe {
@@ -303,7 +305,7 @@ impl Multiply for Bf16 {
     }
 
     #[inline(always)]
-    unsafe fn product(self, product: &Product) {
+    unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { dot::<false>(product) }
     }
@@ -326,7 +328,7 @@ impl Multiply for Bf16x3 {
     }
 
     #[inline(always)]
-    unsafe fn product(self, product: &Product) {
+    unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { dot::<true>(product) }
     }

@@ -1,5 +1,7 @@
 //! The linear layer: blocks of rows times panels of columns, with everything that follows fused behind the product.
 
+use std::marker::PhantomData;
+
 use super::kernel::Entered;
 use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape, pack_panel};
 use super::simd::{Op, Simd, gelu_tanh, quick_gelu, relu, silu};
@@ -19,6 +21,9 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
     /// Queries that attention takes at once.
     const QUERIES: usize;
+    /// Whether the product calls what follows it, between its own steps: where it runs in a unit of its own, the vector
+    /// unit would otherwise wait meanwhile.
+    const FOLLOWS: bool = false;
 
     fn simd(self) -> Self::S;
     fn attention(self) -> Self::Attention;
@@ -28,7 +33,7 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     }
     /// # Safety
     /// As [`Product`] says, for this shape.
-    unsafe fn product(self, product: &Product);
+    unsafe fn product(self, product: &Product<'_>);
 
     /// Packs a panel whose columns are rows of a matrix in f32: Kᵀ.
     ///
@@ -96,7 +101,7 @@ impl<S: Simd> Multiply for F32<S> {
     type S = S;
     type Attention = Self;
     const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
-    const DEPTH: usize = 16;
+    const DEPTH: usize = 12;
     const QUERIES: usize = S::BLOCK;
 
     #[inline(always)]
@@ -109,7 +114,7 @@ impl<S: Simd> Multiply for F32<S> {
     }
 
     #[inline(always)]
-    unsafe fn product(self, product: &Product) {
+    unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: the caller's
         unsafe { self.0.product(product) }
     }
@@ -123,7 +128,7 @@ impl<S: Simd> Multiply for Widened<S> {
     type S = S;
     type Attention = F32<S>;
     const SHAPE: Shape = Shape { elements: Elements::Widened, ..F32::<S>::SHAPE };
-    const DEPTH: usize = 16;
+    const DEPTH: usize = 12;
     const QUERIES: usize = S::BLOCK;
 
     #[inline(always)]
@@ -136,7 +141,7 @@ impl<S: Simd> Multiply for Widened<S> {
     }
 
     #[inline(always)]
-    unsafe fn product(self, product: &Product) {
+    unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: the caller's; `linear` has widened the panel
         unsafe { self.0.product(product) }
     }
@@ -252,6 +257,9 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
         for start in (0..all).step_by(span) {
             let end = all.min(start + span);
             for panel in panels.clone() {
+                let finish: Finish<'_, M> = Finish { _multiply: PhantomData, job, panel, row, sums: sums(panel) };
+                // SAFETY: what is finished is complete, and no other unit writes these rows and columns
+                let follow = |rows| s.run(FinishRows { finish: &finish, rows });
                 for chunk in (start..end).step_by(M::DEPTH) {
                     let chunks = M::DEPTH.min(end - chunk);
                     let (a, a_tile, a_low) = job.from.left(row, chunk);
@@ -280,25 +288,14 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
                         c: sums(panel),
                         accumulate: chunk > 0,
                         next: linear.panel(next.0, next.1),
+                        follow: if M::FOLLOWS && chunk + chunks == all { Some(&follow) } else { None },
                     };
                     // SAFETY: `from` has the job's rows in whole tiles and K in whole chunks, so has the panel; the sums
                     // of a group fit the scratch
                     unsafe { multiply.product(&product) };
                 }
-                if end < all {
-                    continue;
-                }
-                let finish = Finish { job, panel, row, rows, sums: sums(panel) };
-                // SAFETY: the sums are complete, and no other unit writes these rows and columns
-                unsafe {
-                    match job.act {
-                        None => finish.run::<_, Identity>(s, shape),
-                        Some(Activation::Gelu) => finish.run::<_, Gelu>(s, shape),
-                        Some(Activation::GeluTanh) => finish.run::<_, GeluTanh>(s, shape),
-                        Some(Activation::QuickGelu) => finish.run::<_, QuickGelu>(s, shape),
-                        Some(Activation::Relu) => finish.run::<_, Relu>(s, shape),
-                        Some(Activation::Silu) => finish.run::<_, Silu>(s, shape),
-                    }
+                if !M::FOLLOWS && end == all {
+                    follow(0..rows);
                 }
             }
         }
@@ -347,38 +344,65 @@ acts! {
 }
 
 /// The end of a unit, for one panel.
-struct Finish<'a> {
+#[derive(Clone, Copy)]
+struct Finish<'a, M> {
+    _multiply: PhantomData<M>,
     job: &'a Job<'a>,
     panel: usize,
+    /// The unit's first row.
     row: usize,
-    rows: usize,
     sums: *const f32,
 }
 
+/// The end of some of its rows. They hold their product, and nothing else refers to where the results go.
+struct FinishRows<'a, M> {
+    finish: &'a Finish<'a, M>,
+    rows: std::ops::Range<usize>,
+}
+
+impl<M: Multiply> Op<M::S> for FinishRows<'_, M> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call(self, s: M::S) {
+        let Self { finish, rows } = self;
+        // SAFETY: as `FinishRows` says
+        unsafe {
+            match finish.job.act {
+                None => finish.run::<Identity>(s, rows),
+                Some(Activation::Gelu) => finish.run::<Gelu>(s, rows),
+                Some(Activation::GeluTanh) => finish.run::<GeluTanh>(s, rows),
+                Some(Activation::QuickGelu) => finish.run::<QuickGelu>(s, rows),
+                Some(Activation::Relu) => finish.run::<Relu>(s, rows),
+                Some(Activation::Silu) => finish.run::<Silu>(s, rows),
+            }
+        }
+    }
+}
+
 /// # Safety of every function
-/// `sums` holds the product of these rows and this panel, and nothing else refers to where the results go.
-impl Finish<'_> {
+/// As [`FinishRows`] says.
+impl<M: Multiply> Finish<'_, M> {
     /// Row by row, everything that follows the product.
     #[inline(always)]
-    unsafe fn run<S: Simd, A: Act<S>>(&self, s: S, shape: Shape) {
-        let Self { job, panel, row, rows, .. } = *self;
+    unsafe fn run<A: Act<M::S>>(&self, s: M::S, rows: std::ops::Range<usize>) {
+        let (Self { job, panel, row, .. }, shape) = (*self, M::SHAPE);
         let width = if job.linear.gated { shape.cols / 2 } else { shape.cols };
         let first = panel * width;
         // SAFETY: the caller's
         unsafe {
-            for i in 0..rows {
-                let value = Value { finish: self, cols: shape.cols, i };
+            for i in rows {
                 match job.to {
                     To::Acts(acts) => {
                         let to = acts.row_of(shape.tile, row + i);
-                        if width.is_multiple_of(2 * S::LANES) {
-                            for j in (0..width).step_by(2 * S::LANES) {
-                                let (x, y) = (value.at::<S, A>(s, j), value.at::<S, A>(s, j + S::LANES));
+                        if width.is_multiple_of(2 * M::S::LANES) {
+                            for j in (0..width).step_by(2 * M::S::LANES) {
+                                let (x, y) = (self.value::<A>(s, i, j), self.value::<A>(s, i, j + M::S::LANES));
                                 to.put_pair(s, first + j, x, y);
                             }
                         } else {
-                            for j in (0..width).step_by(S::LANES) {
-                                to.put(s, first + j, value.at::<S, A>(s, j));
+                            for j in (0..width).step_by(M::S::LANES) {
+                                to.put(s, first + j, self.value::<A>(s, i, j));
                             }
                         }
                     }
@@ -391,8 +415,8 @@ impl Finish<'_> {
                                 (rows.row(image * stride + first + at), positions.map(|rows| rows.row(at)))
                             }
                         };
-                        for j in (0..width).step_by(S::LANES) {
-                            let mut x = value.at::<S, A>(s, j);
+                        for j in (0..width).step_by(M::S::LANES) {
+                            let mut x = self.value::<A>(s, i, j);
                             if let Some(added) = added {
                                 x = s.add(x, s.load(added.add(first + j)));
                             }
@@ -403,31 +427,19 @@ impl Finish<'_> {
             }
         }
     }
-}
 
-/// The values of one row.
-struct Value<'a> {
-    finish: &'a Finish<'a>,
-    cols: usize,
-    i: usize,
-}
-
-impl Value<'_> {
-    /// `act(sum + bias)`, of a gated layer `act(gate) · value`.
-    ///
-    /// # Safety
-    /// As for [`Finish`]; the row has a vector at `j`.
+    /// `act(sum + bias)`, of a gated layer `act(gate) · value`: a vector of one row.
     #[inline(always)]
-    unsafe fn at<S: Simd, A: Act<S>>(&self, s: S, j: usize) -> S::F {
-        let Finish { job, panel, sums, .. } = *self.finish;
+    unsafe fn value<A: Act<M::S>>(&self, s: M::S, i: usize, j: usize) -> <M::S as Simd>::F {
+        let (Self { job, panel, sums, .. }, cols) = (*self, M::SHAPE.cols);
         // SAFETY: inside the panel's rows of sums and its biases
         unsafe {
-            let (sum, bias) = (sums.add(self.i * self.cols + j), job.linear.bias(panel).add(j));
+            let (sum, bias) = (sums.add(i * cols + j), job.linear.bias(panel).add(j));
             let x = A::call(s, s.add(s.load(sum), s.load(bias)));
             if !job.linear.gated {
                 return x;
             }
-            let width = self.cols / 2;
+            let width = cols / 2;
             s.mul(x, s.add(s.load(sum.add(width)), s.load(bias.add(width))))
         }
     }

@@ -67,7 +67,7 @@ pub(crate) struct Shape {
 /// Whoever runs one promises: `a` is valid for reading `rows` rows in tiles (whole tiles, where the kernel takes whole
 /// tiles) of `chunks` chunks, `b` for `chunks` chunks of a panel, `c` for writing `rows` rows of the panel's width,
 /// rounded up to whole tiles.
-pub(crate) struct Product {
+pub(crate) struct Product<'a> {
     /// The first chunk of the first row; rows start at a tile.
     pub(crate) a: *const u8,
     /// Bytes from a tile to the next.
@@ -82,9 +82,12 @@ pub(crate) struct Product {
     pub(crate) accumulate: bool,
     /// What will be read next; a hint.
     pub(crate) next: *const u8,
+    /// What is to be done with rows as soon as they are complete, in their order, by a kernel that says that it
+    /// [`FOLLOWS`](super::linear::Multiply::FOLLOWS).
+    pub(crate) follow: Option<&'a dyn Fn(std::ops::Range<usize>)>,
 }
 
-impl Product {
+impl Product<'_> {
     /// Where the tile begins that has `row`.
     ///
     /// # Safety

@@ -30,7 +30,7 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn product(self, p: &Product) {
+    unsafe fn product(self, p: &Product<'_>) {
         let (k, cols) = (p.chunks * 16, Self::COLS as isize);
         // SAFETY: as `Product` says: `rows` × `k` and `k` × `COLS` values to read, `rows` × `COLS` to write
         unsafe {
@@ -164,7 +164,7 @@ impl Simd for Portable {
 ///
 /// # Safety
 /// As [`Product`] says.
-unsafe fn plain(rows: usize, k: usize, p: &Product) {
+unsafe fn plain(rows: usize, k: usize, p: &Product<'_>) {
     // SAFETY: the caller's
     unsafe {
         for row in 0..rows {

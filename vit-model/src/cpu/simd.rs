@@ -40,7 +40,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     ///
     /// # Safety
     /// As [`Product`] says.
-    unsafe fn product(self, product: &Product);
+    unsafe fn product(self, product: &Product<'_>);
 
     fn splat(self, x: f32) -> Self::F;
     /// # Safety
@@ -230,6 +230,32 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
         for (i, [x, y]) in sum.iter().enumerate() {
             s.store(c.add(i * 2 * S::LANES), *x);
             s.store(c.add((i * 2 + 1) * S::LANES), *y);
+        }
+    }
+}
+
+/// Fetches the next panel into the second-level cache, some lines a step.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Ahead {
+    next: *const u8,
+    lines: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Ahead {
+    /// So many bytes in so many steps.
+    #[inline(always)]
+    pub(crate) fn new(next: *const u8, bytes: usize, steps: usize) -> Self {
+        Self { next, lines: bytes.div_ceil(64).div_ceil(steps.max(1)) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn step(&mut self) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        for _ in 0..self.lines {
+            // SAFETY: a hint, which no address can make fail
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
+            self.next = self.next.wrapping_add(64);
         }
     }
 }
