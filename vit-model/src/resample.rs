@@ -1,6 +1,11 @@
 //! Pillow's resampling of 8-bit pictures to the bit, of which only a window is computed.
 
+// what is not inlined into the function that switches vectors on is compiled without them
+#![allow(clippy::inline_always)]
+
 use std::ops::Range;
+
+use pulp::{Arch, NullaryFnOnce};
 
 use crate::pos_embed::cubic;
 
@@ -44,6 +49,15 @@ impl Filter {
 
 /// Bits after the point of a weight: what 32 bits leave beside 8 of the sample and 2 of overshoot.
 const BITS: u32 = 22;
+
+/// What makes the shift by `BITS` round to nearest.
+const HALF: i32 = 1 << (BITS - 1);
+
+/// Rows that go through the horizontal taps side by side: lanes of a vector.
+const ROWS: usize = 16;
+
+/// Samples of a row that go through the vertical taps side by side.
+const LANES: usize = 64;
 
 /// The weights of some output samples of a row or column: the samples from `start` on count, `weights` each.
 struct Taps {
@@ -124,22 +138,46 @@ fn horizontal<const C: usize>(
     columns: Range<usize>,
 ) -> Vec<u8> {
     let Some(taps) = taps else { return crop::<C>(source, w, 0..source.len() / (w * C), columns) };
-    let line = taps.spans.len() * C;
-    let mut out = vec![0; source.len() / (w * C) * line];
-    for (out, row) in out.chunks_exact_mut(line).zip(source.chunks_exact(w * C)) {
-        for (pixel, (start, weights)) in out.chunks_exact_mut(C).zip(taps.iter()) {
-            let mut sums = [1 << (BITS - 1); C];
-            for (samples, weight) in row[(start - first) * C..].chunks_exact(C).zip(weights) {
-                for (sum, sample) in sums.iter_mut().zip(samples) {
-                    *sum += i32::from(*sample) * weight;
-                }
+    let mut out = vec![0; source.len() / (w * C) * taps.spans.len() * C];
+    dispatch(Horizontal::<C> { source, w, first, taps, out: &mut out });
+    out
+}
+
+struct Horizontal<'a, const C: usize> {
+    source: &'a [u8],
+    w: usize,
+    first: usize,
+    taps: &'a Taps,
+    out: &'a mut [u8],
+}
+
+impl<const C: usize> NullaryFnOnce for Horizontal<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { source, w, first, taps, out } = self;
+        let (line, reads) = (taps.spans.len() * C, taps.reads());
+        // some rows side by side, column by column: their samples have the same weights
+        let mut block = vec![[[0; C]; ROWS]; reads.len()];
+        for (out, rows) in out.chunks_mut(ROWS * line).zip(source.chunks(ROWS * w * C)) {
+            for (i, row) in rows.chunks_exact(w * C).enumerate() {
+                let pixels = row[(reads.start - first) * C..].as_chunks().0;
+                block.iter_mut().zip(pixels).for_each(|(column, pixel)| column[i] = *pixel);
             }
-            for (sample, sum) in pixel.iter_mut().zip(sums) {
-                *sample = (sum >> BITS).clamp(0, 255) as u8;
+            for (x, (start, weights)) in taps.iter().enumerate() {
+                let mut sums = [[HALF; C]; ROWS];
+                for (samples, weight) in block[start - reads.start..].iter().zip(weights) {
+                    add(sums.as_flattened_mut(), samples.as_flattened(), *weight);
+                }
+                let mut pixels = [[0; C]; ROWS];
+                round(sums.as_flattened(), pixels.as_flattened_mut());
+                for (row, pixel) in out.chunks_exact_mut(line).zip(pixels) {
+                    row[x * C..][..C].copy_from_slice(&pixel);
+                }
             }
         }
     }
-    out
 }
 
 /// The given columns of `[_, w, C]`, whose first row is `first` of the picture, through the taps; without them, `rows`.
@@ -152,21 +190,65 @@ fn vertical<const C: usize>(
     columns: Range<usize>,
 ) -> Vec<u8> {
     let Some(taps) = taps else { return crop::<C>(source, w, rows, columns) };
-    let line = columns.len() * C;
-    let mut out = vec![0; taps.spans.len() * line];
-    let mut sums = vec![0; line];
-    for (out, (start, weights)) in out.chunks_exact_mut(line).zip(taps.iter()) {
-        sums.fill(1 << (BITS - 1));
-        for (row, weight) in source.chunks_exact(w * C).skip(start - first).zip(weights) {
-            for (sum, sample) in sums.iter_mut().zip(&row[columns.start * C..columns.end * C]) {
-                *sum += i32::from(*sample) * weight;
+    let mut out = vec![0; taps.spans.len() * columns.len() * C];
+    let (source, line) = (&source[columns.start * C..], columns.len() * C);
+    dispatch(Vertical { source, stride: w * C, first, taps, out: &mut out, line });
+    out
+}
+
+struct Vertical<'a> {
+    source: &'a [u8],
+    stride: usize,
+    first: usize,
+    taps: &'a Taps,
+    out: &'a mut [u8],
+    line: usize,
+}
+
+impl NullaryFnOnce for Vertical<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { source, stride, first, taps, out, line } = self;
+        for (out, (start, weights)) in out.chunks_exact_mut(line).zip(taps.iter()) {
+            let rows = || source[(start - first) * stride..].chunks(stride).zip(weights);
+            for (i, out) in out.chunks_mut(LANES).enumerate() {
+                let (at, n) = (i * LANES, out.len());
+                let mut sums = [HALF; LANES];
+                for (row, weight) in rows() {
+                    // of a known number, they stay in registers
+                    match <&[u8; LANES]>::try_from(&row[at..at + n]) {
+                        Ok(samples) => add(&mut sums, samples, *weight),
+                        Err(_) => add(&mut sums, &row[at..at + n], *weight),
+                    }
+                }
+                round(&sums, out);
             }
         }
-        for (sample, sum) in out.iter_mut().zip(&sums) {
-            *sample = (sum >> BITS).clamp(0, 255) as u8;
-        }
     }
-    out
+}
+
+/// Runs the form of an operation that was compiled for the vectors of this CPU.
+fn dispatch(op: impl NullaryFnOnce<Output = ()>) {
+    // without pulp's feature `x86-v3`, which gemm leaves off, `Arch` knows AVX-512 and nothing below it
+    #[cfg(target_arch = "x86_64")]
+    if let (Arch::Scalar, Some(avx2)) = (Arch::new(), pulp::x86::V3::try_new()) {
+        return avx2.vectorize(op);
+    }
+    Arch::new().dispatch(op);
+}
+
+// both are inlined into each form
+
+#[inline(always)]
+fn add(sums: &mut [i32], samples: &[u8], weight: i32) {
+    sums.iter_mut().zip(samples).for_each(|(sum, sample)| *sum += i32::from(*sample) * weight);
+}
+
+#[inline(always)]
+fn round(sums: &[i32], samples: &mut [u8]) {
+    samples.iter_mut().zip(sums).for_each(|(sample, sum)| *sample = (sum >> BITS).clamp(0, 255) as u8);
 }
 
 fn crop<const C: usize>(source: &[u8], w: usize, rows: Range<usize>, columns: Range<usize>) -> Vec<u8> {
