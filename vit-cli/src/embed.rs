@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::args::{EmbedArgs, EmbedFormat};
 use crate::images::Source;
 use crate::output::{Stdout, json_line, show};
-use crate::predict::answer_all;
+use crate::predict::{Ask, answer_all};
 use crate::{Outcome, model, save};
 
 /// Takes the vector of an input, or why it has none.
@@ -18,8 +18,8 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
     }
     let predictor = model::predictor(&args.model, args.run, verbose)?;
     let embed = |write: &mut Write<'_>| {
-        answer_all(&predictor, &args.images, |source, answer| match answer {
-            Ok(answer) => match vector(answer.pre_logits, args.normalize) {
+        answer_all(&predictor, &args.images, Ask::PreLogits, |source, answer| match answer {
+            Ok(features) => match vector(features, args.normalize) {
                 Ok(vector) => write(source, Ok(&vector)).map(|()| None),
                 Err(why) => write(source, Err(why)).map(|()| Some(why.into())),
             },

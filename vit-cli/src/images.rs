@@ -122,17 +122,56 @@ fn is_image_extension(extension: &str) -> bool {
     EXTENSIONS.iter().any(|e| e.eq_ignore_ascii_case(extension))
 }
 
+/// Inputs that were prepared together.
+pub struct Batch {
+    /// Every input, in order, and why it could not be prepared.
+    pub inputs: Vec<(Source, anyhow::Result<()>)>,
+    /// What the others became, one after the other.
+    pub values: Vec<f32>,
+    /// How many others there are.
+    pub good: usize,
+}
+
+impl Batch {
+    /// Prepares the inputs in parallel, each into `width` values; the memory is used again.
+    fn prepare(
+        sources: Vec<Source>,
+        width: usize,
+        mut values: Vec<f32>,
+        prepare: &(impl Fn(&Source, &mut [f32]) -> anyhow::Result<()> + Sync),
+    ) -> Self {
+        values.resize(sources.len() * width, 0.0);
+        let inputs: Vec<_> = (sources.into_par_iter().zip(values.par_chunks_exact_mut(width)))
+            .map(|(source, values)| {
+                let result = prepare(&source, values);
+                (source, result)
+            })
+            .collect();
+        let mut good = 0;
+        for (i, _) in inputs.iter().enumerate().filter(|(_, (_, result))| result.is_ok()) {
+            if i > good {
+                values.copy_within(i * width..(i + 1) * width, good * width);
+            }
+            good += 1;
+        }
+        values.truncate(good * width);
+        Self { inputs, values, good }
+    }
+}
+
 /// Prepares batches of inputs on a thread of its own, in parallel within a batch, while `consume` works on the batch before.
 ///
-/// At most three batches exist at a time, however many inputs there are.
-pub fn pipeline<T: Send>(
+/// At most three batches exist at a time, in memory that is used again, however many inputs there are.
+pub fn pipeline(
     sources: Sources,
     batch: usize,
-    prepare: impl Fn(&Source) -> anyhow::Result<T> + Send + Sync,
-    mut consume: impl FnMut(Vec<(Source, anyhow::Result<T>)>) -> anyhow::Result<()>,
+    width: usize,
+    prepare: impl Fn(&Source, &mut [f32]) -> anyhow::Result<()> + Send + Sync,
+    mut consume: impl FnMut(Batch) -> anyhow::Result<Vec<f32>>,
 ) -> anyhow::Result<()> {
     std::thread::scope(|scope| {
         let (send, receive) = mpsc::sync_channel(1);
+        let (give_back, used) = mpsc::channel();
         scope.spawn(move || {
             let mut sources = sources;
             loop {
@@ -140,19 +179,16 @@ pub fn pipeline<T: Send>(
                 if chunk.is_empty() {
                     break;
                 }
-                let prepared: Vec<_> = chunk
-                    .into_par_iter()
-                    .map(|source| {
-                        let result = prepare(&source);
-                        (source, result)
-                    })
-                    .collect();
-                if send.send(prepared).is_err() {
+                let memory = used.try_recv().unwrap_or_default();
+                if send.send(Batch::prepare(chunk, width, memory, &prepare)).is_err() {
                     break; // the consumer has failed, and says so itself
                 }
             }
         });
-        receive.into_iter().try_for_each(&mut consume)
+        for batch in receive {
+            let _ = give_back.send(consume(batch)?); // after the last batch nobody wants it
+        }
+        Ok(())
     })
 }
 
@@ -187,18 +223,28 @@ mod tests {
     }
 
     #[test]
-    fn order_is_kept_and_an_error_stops_the_pipeline() {
-        let given: Vec<OsString> = (0..100).map(|i| format!("/nowhere/{i}").into()).collect();
-        let mut seen = Vec::new();
-        let name = |s: &Source| Ok(s.name().to_owned());
-        pipeline(Sources::new(given.clone()), 7, name, |batch| {
-            assert!(batch.len() <= 7);
-            seen.extend(batch.into_iter().map(|(_, name)| name.unwrap()));
+    fn order_is_kept_bad_inputs_are_left_out_and_an_error_stops_the_pipeline() {
+        let given: Vec<OsString> = (0..100).map(|i| i.to_string().into()).collect();
+        let prepare = |source: &Source, values: &mut [f32]| {
+            let number: f32 = source.name().to_str().unwrap().parse()?;
+            anyhow::ensure!(number % 5.0 != 2.0, "no good");
+            values.copy_from_slice(&[number, -number]);
             Ok(())
+        };
+        let (mut seen, mut good) = (Vec::new(), Vec::new());
+        pipeline(Sources::new(given.clone()), 7, 2, prepare, |batch| {
+            assert!(batch.inputs.len() <= 7);
+            assert_eq!(batch.values.len(), 2 * batch.good);
+            assert_eq!(batch.inputs.iter().filter(|(_, result)| result.is_ok()).count(), batch.good);
+            seen.extend(batch.inputs.into_iter().map(|(source, _)| source.name().to_owned()));
+            good.extend_from_slice(&batch.values);
+            Ok(batch.values)
         })
         .unwrap();
         assert_eq!(seen, given);
-        let stopped = pipeline(Sources::new(given.clone()), 7, name, |_| anyhow::bail!("enough"));
+        let expected = (0..100u8).filter(|n| n % 5 != 2).flat_map(|n| [f32::from(n), -f32::from(n)]);
+        assert_eq!(good, expected.collect::<Vec<_>>());
+        let stopped = pipeline(Sources::new(given.clone()), 7, 2, prepare, |_| anyhow::bail!("enough"));
         assert_eq!(stopped.unwrap_err().to_string(), "enough");
     }
 }

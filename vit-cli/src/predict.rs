@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use vit_model::Predictor;
 use vit_model::image::Image;
 use vit_model::labels::Prediction;
+use vit_model::predictor::Output;
 
 use crate::args::{ImageArgs, PredictArgs, PredictFormat};
 use crate::images::{Source, Sources, pipeline};
@@ -31,8 +32,8 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
         _ => args.top as usize,
     };
     let mut printer = Printer::new(args.format, args.images.files.len() > 1);
-    let outcome = answer_all(&predictor, &args.images, |name, result| {
-        let result = result.and_then(|output| Ok(predictor.classify(output.logits, top)?));
+    let outcome = answer_all(&predictor, &args.images, Ask::Logits, |name, result| {
+        let result = result.and_then(|logits| Ok(predictor.classify(logits, top)?));
         let failed = result.as_ref().err().map(|e| format!("{e:#}"));
         printer.record(name, result.as_deref().map_err(|e| format!("{e:#}")))?;
         Ok(failed)
@@ -41,12 +42,13 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-/// What a model puts out for one image.
-pub struct Answer<'a> {
-    /// `[num_classes]`; empty where there is no head.
-    pub logits: &'a [f32],
+/// What of a model's answer is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// `[num_classes]`.
+    Logits,
     /// What the head reads.
-    pub pre_logits: &'a [f32],
+    PreLogits,
 }
 
 /// Runs every image through the model while the next ones are read, and hands each answer or failure to `each`, in order.
@@ -54,42 +56,43 @@ pub struct Answer<'a> {
 pub fn answer_all(
     predictor: &Predictor,
     args: &ImageArgs,
-    mut each: impl FnMut(&Source, anyhow::Result<Answer<'_>>) -> anyhow::Result<Option<String>>,
+    ask: Ask,
+    mut each: impl FnMut(&Source, anyhow::Result<&[f32]>) -> anyhow::Result<Option<String>>,
 ) -> anyhow::Result<Outcome> {
     let exif = !args.no_exif;
-    let prepare = |source: &Source| {
+    let prepare = |source: &Source, pixels: &mut [f32]| {
         let image = read_image(source, exif)?;
-        named(source, predictor.preprocess().and_then(|preprocess| preprocess.apply(&image)))
+        named(source, predictor.preprocess().and_then(|preprocess| preprocess.apply_into(&image, pixels)))
     };
+    let (config, mut output) = (predictor.config(), Output::default());
+    let image = config.in_chans * config.img_size[0] * config.img_size[1];
     let progress = progress_bar();
     let mut outcome = Outcome::Good;
-    pipeline(Sources::new(args.files.clone()), usize::from(args.batch), prepare, |batch| {
-        let pixels: Vec<&[f32]> = batch.iter().filter_map(|(_, p)| p.as_deref().ok()).collect();
-        let count = pixels.len();
-        let output = if count > 0 { Some(predictor.forward(&pixels.concat(), count)?) } else { None };
-        let mut good = 0;
-        for (source, pixels) in batch {
-            let answer = match (pixels, &output) {
-                (Ok(_), Some(output)) => {
-                    let part = |all: &[f32]| {
-                        let width = all.len() / count;
-                        good * width..(good + 1) * width
-                    };
-                    let logits = output.logits.as_deref().unwrap_or(&[]);
-                    let (logits, pre_logits) = (&logits[part(logits)], &output.pre_logits[part(&output.pre_logits)]);
-                    good += 1;
-                    Ok(Answer { logits, pre_logits })
-                }
-                (Err(error), _) => Err(error),
-                (Ok(_), None) => bail!("{}: no answer", show(source.name())),
-            };
+    pipeline(Sources::new(args.files.clone()), usize::from(args.batch), image, prepare, |batch| {
+        let answers = match ask {
+            _ if batch.good == 0 => &mut Vec::new(),
+            Ask::Logits => {
+                let logits = output.logits.get_or_insert_default();
+                predictor.logits_into(&batch.values, batch.good, logits)?;
+                logits
+            }
+            Ask::PreLogits => {
+                predictor.forward_into(&batch.values, batch.good, &mut output)?;
+                &mut output.pre_logits
+            }
+        };
+        let mut answers = answers.chunks_exact(answers.len().checked_div(batch.good).unwrap_or(1).max(1));
+        for (source, result) in batch.inputs {
+            let answer = result.and_then(|()| {
+                answers.next().ok_or_else(|| anyhow::anyhow!("{}: the model gave no answer", show(source.name())))
+            });
             if let Some(why) = each(&source, answer)? {
                 outcome = Outcome::Failed;
                 progress.suspend(|| complain(&name_once(&source, &why)));
             }
             progress.inc(1);
         }
-        Ok(())
+        Ok(batch.values)
     })?;
     progress.finish_and_clear();
     Ok(outcome)

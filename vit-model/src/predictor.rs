@@ -169,8 +169,11 @@ impl Predictor {
     pub fn predict(&self, images: &[Image]) -> Result<Vec<Vec<Prediction>>> {
         use rayon::prelude::*;
         let preprocess = self.preprocess()?;
-        let pixels: Vec<Vec<f32>> = images.par_iter().map(|i| preprocess.apply(i)).collect::<Result<_>>()?;
-        let output = self.forward(&pixels.concat(), images.len())?;
+        let image = preprocess.output_shape().iter().product();
+        let mut pixels = vec![0.0; images.len() * image];
+        (pixels.par_chunks_exact_mut(image).zip(images))
+            .try_for_each(|(pixels, image)| preprocess.apply_into(image, pixels))?;
+        let output = self.forward(&pixels, images.len())?;
         self.rows(&output, images.len())?.map(|row| self.classify(row, usize::MAX)).collect()
     }
 
@@ -181,6 +184,21 @@ impl Predictor {
     pub fn forward(&self, pixels: &[f32], batch: usize) -> Result<Output> {
         self.check(pixels, batch)?;
         self.model.forward(self.config(), pixels, batch)
+    }
+
+    /// [`forward`](Self::forward) into vectors that are used again.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
+        self.check(pixels, batch)?;
+        match &self.model {
+            Model::Engine(engine) => engine.forward_into(pixels, batch, output),
+            model @ Model::Modules { .. } => {
+                *output = model.forward(self.config(), pixels, batch)?;
+                Ok(())
+            }
+        }
     }
 
     /// `pixels` `[B, C, H, W]`, normalised → the logits alone (what the head would read where there is none), into a vector

@@ -102,13 +102,24 @@ impl Preprocess {
 
     /// One picture → `[C, H, W]`.
     pub fn apply(&self, image: &Image) -> Result<Vec<f32>> {
-        let pixels = self.resize_and_crop(image)?;
+        let mut out = vec![0.0; self.channels * self.size[0] * self.size[1]];
+        self.apply_into(image, &mut out)?;
+        Ok(out)
+    }
+
+    /// One picture → `[C, H, W]`, where it is wanted: an image of a batch, say.
+    pub fn apply_into(&self, image: &Image, out: &mut [f32]) -> Result<()> {
         let plane = self.size[0] * self.size[1];
-        let mut out = Vec::with_capacity(self.channels * plane);
-        for (c, table) in self.tables.iter().enumerate() {
-            out.extend(pixels[c..].iter().step_by(self.channels).map(|&v| table[usize::from(v)]));
+        if out.len() != self.channels * plane {
+            let (wanted, found) = (self.channels * plane, out.len());
+            return Err(Error::Input(format!("the tensor of a picture has {wanted} values, found room for {found}")));
         }
-        Ok(out) // [C, H, W]
+        let pixels = self.resize_and_crop(image)?;
+        for ((c, table), out) in self.tables.iter().enumerate().zip(out.chunks_exact_mut(plane)) {
+            let samples = pixels[c..].iter().step_by(self.channels);
+            out.iter_mut().zip(samples).for_each(|(value, &sample)| *value = table[usize::from(sample)]);
+        }
+        Ok(()) // [C, H, W]
     }
 
     /// A file → `[C, H, W]`; `exif` turns it upright first.
