@@ -160,3 +160,41 @@ fn pruned_models_answer_with_intermediates() {
     compare(&expect, "inter1.1", &tokens.narrow(1, 1, 12).unwrap()).unwrap();
     assert!(model.forward_intermediates(&expect["x"], Blocks::At(&[3]), false, Layout::Nlc).is_err());
 }
+
+/// Read in stretches, tensors are what they are when read whole, and what is wrong with them is said as well.
+#[test]
+fn stretches_are_the_tensor() {
+    let folder = |kind: &str, name: &str| {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(kind).join(name)
+    };
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/digits/model.safetensors");
+    let first = |kind: &str| fs::read_dir(folder(kind, "")).unwrap().next().unwrap().unwrap().path();
+    for path in [digits.clone(), first("hf"), first("timm")] {
+        let weights = load::open(&path).unwrap().weights;
+        for name in weights.tensors().keys() {
+            let (whole, read) = (weights.read(name).unwrap(), weights.stretches(name).unwrap());
+            let mut pieces = vec![0; whole.len()];
+            // the later ones first
+            for (i, piece) in pieces.chunks_mut(1000).enumerate().rev() {
+                read(i * 1000, piece).unwrap();
+            }
+            assert!(pieces == whole, "{name} of {}", path.display());
+            let past = read(whole.len() - 3, &mut [0; 4]).unwrap_err().to_string();
+            assert!(past.contains(name) && past.contains("fewer than its shape says"), "{past}");
+        }
+    }
+    // the index is the one in the tensor, not in the stretch
+    let mut bytes = fs::read(&digits).unwrap();
+    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let (name, entry) = json.as_object().unwrap().iter().find(|(name, _)| name.ends_with("fc1.weight")).unwrap();
+    let start = 8 + header + usize::try_from(entry["data_offsets"][0].as_u64().unwrap()).unwrap();
+    bytes[start + 4 * 50..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let damaged = tempfile::NamedTempFile::with_suffix(".safetensors").unwrap();
+    fs::write(&damaged, bytes).unwrap();
+    let weights = load::open(damaged.path()).unwrap().weights;
+    let read = weights.stretches(name).unwrap();
+    read(0, &mut [0; 4 * 50]).unwrap();
+    let error = read(4 * 40, &mut [0; 4 * 20]).unwrap_err().to_string();
+    assert!(error.contains(name.as_str()) && error.contains("element 50 "), "{error}");
+}

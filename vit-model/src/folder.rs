@@ -16,7 +16,7 @@ use crate::{
     load::{Checkpoint, small_file},
     safetensors::Safetensors,
     timm,
-    weights::{TensorInfo, Weights},
+    weights::{ReadAt, TensorInfo, Weights},
 };
 
 /// The weights of a folder: one file, or an index of several.
@@ -160,6 +160,12 @@ impl Shards {
         }
         Ok(shards)
     }
+
+    /// The file that holds a tensor.
+    fn file(&self, name: &str) -> Result<&Safetensors> {
+        let file = self.of.get(name).and_then(|&at| self.files.get(at));
+        file.ok_or_else(|| Error::tensor(name, "missing"))
+    }
 }
 
 impl Weights for Shards {
@@ -168,7 +174,10 @@ impl Weights for Shards {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let file = self.of.get(name).and_then(|&at| self.files.get(at));
-        file.ok_or_else(|| Error::tensor(name, "missing"))?.read(name)
+        self.file(name)?.read(name)
+    }
+
+    fn stretches(&self, name: &str) -> Result<ReadAt<'_>> {
+        self.file(name)?.stretches(name)
     }
 }

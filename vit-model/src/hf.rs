@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     Activation, BlockKind, Config, Error, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig, Result,
     timm::{pair, size},
-    weights::{Dtype, TensorInfo, Weights, widen},
+    weights::{Dtype, ReadAt, TensorInfo, Weights, whole, widen},
 };
 
 /// Tensors that may be left over, by the beginning of their name: mask tokens and decoders of pretraining, buffers, the
@@ -547,6 +547,13 @@ impl Weights for Renamed {
                 let (class, positions) = (f32s(class)?, f32s(positions)?);
                 Ok(class.iter().zip(&positions).flat_map(|(c, p)| (c + p).to_le_bytes()).collect())
             }
+        }
+    }
+
+    fn stretches(&self, name: &str) -> Result<ReadAt<'_>> {
+        match self.recipes.get(name) {
+            Some(Recipe::Take(part)) => self.inner.stretches(part),
+            _ => Ok(whole(name, self.read(name)?)),
         }
     }
 }

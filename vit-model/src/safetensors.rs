@@ -16,7 +16,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::{
     Error, Result, limits,
-    weights::{Dtype, TensorInfo, Weights, check_finite},
+    weights::{Dtype, ReadAt, TensorInfo, Weights, check_finite, too_short},
 };
 
 /// A checked safetensors file.
@@ -190,6 +190,14 @@ impl Safetensors {
         Error::file(&self.path, format!("tensor `{name}` {why}"))
     }
 
+    /// Where a tensor begins in the file, its bytes and their type.
+    fn place(&self, name: &str) -> Result<(usize, usize, Dtype)> {
+        match (self.places.get(name), self.tensors.get(name)) {
+            (Some(&(offset, len)), Some(info)) => Ok((self.start.saturating_add(offset), len, info.dtype)),
+            _ => Err(Error::file(&self.path, format!("has no tensor `{name}`"))),
+        }
+    }
+
     /// The strings of `__metadata__`.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -212,13 +220,24 @@ impl Weights for Safetensors {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let missing = || Error::file(&self.path, format!("has no tensor `{name}`"));
-        let &(offset, len) = self.places.get(name).ok_or_else(missing)?;
-        let info = self.tensors.get(name).ok_or_else(missing)?;
+        let (start, len, dtype) = self.place(name)?;
         let mut out = vec![0; len];
-        self.source.read_exact_at(&mut out, self.start.saturating_add(offset)).map_err(Error::io(&self.path))?;
-        check_finite(name, info.dtype, &out)?;
+        self.source.read_exact_at(&mut out, start).map_err(Error::io(&self.path))?;
+        check_finite(name, dtype, &out)?;
         Ok(out)
+    }
+
+    fn stretches(&self, name: &str) -> Result<ReadAt<'_>> {
+        let (start, len, dtype) = self.place(name)?;
+        let name = name.to_owned();
+        Ok(Box::new(move |at, out| {
+            if at.checked_add(out.len()).is_none_or(|end| end > len) {
+                return Err(too_short(&name, len));
+            }
+            self.source.read_exact_at(out, start.saturating_add(at)).map_err(Error::io(&self.path))?;
+            // the whole tensor's error counts the elements from its beginning
+            check_finite(&name, dtype, out).or_else(|error| self.read(&name).and(Err(error)))
+        }))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     Activation, Config, MlpKind, ModelInfo, NormKind, Pool, PreprocessConfig,
     names::{self, Architecture},
     pos_embed::{Resample, resample},
-    weights::{Dtype, TensorInfo, Weights, candle_dtype},
+    weights::{Dtype, ReadAt, TensorInfo, Weights, candle_dtype, whole},
 };
 
 /// Arguments that change nothing once a model is trained.
@@ -140,6 +140,10 @@ impl Weights for Detour {
 
     fn read(&self, name: &str) -> crate::Result<Vec<u8>> {
         if name == "pos_embed" { Ok(self.pos_embed.clone()) } else { self.weights.read(name) }
+    }
+
+    fn stretches(&self, name: &str) -> crate::Result<ReadAt<'_>> {
+        if name == "pos_embed" { Ok(whole(name, self.pos_embed.clone())) } else { self.weights.stretches(name) }
     }
 }
 

@@ -45,6 +45,9 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
+/// Fills memory with a tensor's bytes, from one of them on.
+pub type ReadAt<'a> = Box<dyn Fn(usize, &mut [u8]) -> crate::Result<()> + 'a>;
+
 /// Named tensors, read one at a time, so that a model's weights never stand in memory twice.
 ///
 /// Names are timm's. Reading is from `&self` and may happen on several threads at once: the CPU engine packs that way.
@@ -55,11 +58,32 @@ pub trait Weights: Send + Sync {
     /// The elements of one tensor, little-endian, row-major; as many bytes as its `TensorInfo` says, and all of them finite.
     fn read(&self, name: &str) -> crate::Result<Vec<u8>>;
 
+    /// The same bytes, read a stretch at a time and in any order by the function that is returned: a tensor that lies in a
+    /// file as it is need not stand in memory whole.
+    fn stretches(&self, name: &str) -> crate::Result<ReadAt<'_>> {
+        Ok(whole(name, self.read(name)?))
+    }
+
     /// The elements of one tensor, widened to f32.
     fn read_f32(&self, name: &str) -> crate::Result<Vec<f32>> {
         let info = self.tensors().get(name).ok_or_else(|| crate::Error::tensor(name, "missing"))?;
         Ok(widen(info.dtype, &self.read(name)?))
     }
+}
+
+/// The stretches of a tensor that is in memory.
+pub(crate) fn whole<'a>(name: &str, bytes: Vec<u8>) -> ReadAt<'a> {
+    let name = name.to_owned();
+    Box::new(move |at, out| {
+        let stretch = at.checked_add(out.len()).and_then(|end| bytes.get(at..end));
+        out.copy_from_slice(stretch.ok_or_else(|| too_short(&name, bytes.len()))?);
+        Ok(())
+    })
+}
+
+/// A tensor that was asked for more bytes than it has.
+pub(crate) fn too_short(name: &str, len: usize) -> crate::Error {
+    crate::Error::tensor(name, format!("holds {len} bytes, fewer than its shape says"))
 }
 
 /// candle's name of a stored type.
