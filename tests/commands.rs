@@ -119,3 +119,36 @@ fn bench_ends_with_the_json_that_was_agreed() {
     assert!(last["kernel"].is_string() && last["precision"].is_string() && last["load_ms"].as_f64().unwrap() > 0.0);
     assert!(run(["bench", "digits", "--iters", "2"]).good().contains("images/s"));
 }
+
+#[test]
+fn bench_compares_every_kernel_and_precision_of_the_machine() {
+    let compare =
+        ["bench", "digits", "--compare", "--device", "cpu", "--threads", "1", "--iters", "3", "--warmup", "0"];
+    let text = run(compare.into_iter().chain(["--json"])).good();
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    let runs = last["runs"].as_array().unwrap();
+    let names: Vec<_> =
+        runs.iter().map(|run| (run["kernel"].as_str().unwrap(), run["precision"].as_str().unwrap())).collect();
+    let kernels = vit_model::cpu::Isa::ALL.into_iter().filter(|isa| isa.available()).map(vit_model::cpu::Isa::name);
+    for kernel in kernels.chain(["candle-cpu"]) {
+        assert!(names.iter().any(|(name, _)| *name == kernel), "{kernel} in {names:?}");
+    }
+    assert!(names.contains(&("portable", "f32")) && names.contains(&("portable", "bf16")), "{names:?}");
+    assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), names.len(), "{names:?}");
+    assert_eq!(runs.iter().filter(|run| run["auto"] == true).count(), 1, "{last}");
+    for run in runs {
+        assert_eq!(run["times_ms"].as_array().unwrap().len(), 3, "{run}");
+        assert!(run["median_ms"].as_f64().unwrap() > 0.0 && run["load_ms"].as_f64().unwrap() > 0.0, "{run}");
+        assert!(run["images_per_s"].as_f64().unwrap() > 0.0 && run["threads"] == 1, "{run}");
+    }
+    let table = run(compare).good();
+    assert_eq!(table.lines().count(), 2 + runs.len(), "{table}");
+    assert!(table.contains("(auto)") && table.contains("candle-cpu"), "{table}");
+    // the engine has no parallel blocks
+    let parallel = root().join("tests/fixtures/parity/timm/vit_small_patch16_18x2_224");
+    let done = finish(
+        vit_cli().args(["bench", "--compare", "--device", "cpu", "--iters", "1", "--warmup", "0"]).arg(parallel),
+    );
+    assert!(done.stderr.contains("candle's modules alone run this model: the CPU engine has no"), "{done:?}");
+    assert_eq!(done.good().lines().count(), 3);
+}

@@ -3,8 +3,10 @@
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
+use vit_model::cpu;
+use vit_model::load::Checkpoint;
 
 use crate::args::BenchArgs;
 use crate::output::{Stdout, json_line, show};
@@ -14,9 +16,12 @@ use crate::{complain, model};
 /// Inputs that take turns, so that no run finds its own in the cache.
 const INPUTS: usize = 4;
 
+/// Rounds of a comparison: all take part in each, so that a machine whose speed drifts slows all alike.
+const ROUNDS: u32 = 5;
+
 pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
     if args.compare {
-        return compare(args);
+        return compare(args, verbose);
     }
     let started = Instant::now();
     let predictor = model::predictor(&args.model, args.run, verbose)?;
@@ -40,20 +45,20 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
         time()?;
     }
     let times = (0..args.iters).map(|_| time()).collect::<anyhow::Result<Vec<f64>>>()?;
-    let median = median(&times);
-    let (backend, rate) = (predictor.backend(), batch as f64 * 1e3 / median);
+    let backend = predictor.backend();
+    let what = json!({
+        "model": args.model.to_string_lossy(), "batch": batch, "threads": backend.threads, "kernel": backend.kernel,
+        "precision": backend.precision, "why": backend.why,
+    });
+    let record = record(what, batch, &[load_ms], &times);
 
     let mut out = Stdout::new();
     if args.json {
-        let round = |ms: f64| (ms * 1e4).round() / 1e4;
-        out.line(&json_line(&json!({
-            "model": args.model.to_string_lossy(), "batch": batch, "threads": backend.threads, "kernel": backend.kernel,
-            "precision": backend.precision, "why": backend.why, "load_ms": round(load_ms), "median_ms": round(median),
-            "min_ms": round(times.iter().copied().fold(f64::INFINITY, f64::min)), "images_per_s": round(rate),
-            "times_ms": times.iter().map(|&t| round(t)).collect::<Vec<_>>(),
-        }))?)?;
+        out.line(&json_line(&record)?)?;
     } else {
         let (kernel, precision, threads) = (&backend.kernel, &backend.precision, backend.threads);
+        let number = |key: &str| record[key].as_f64().unwrap_or(f64::NAN);
+        let (median, rate) = (number("median_ms"), number("images_per_s"));
         out.line(&format!("{}: {kernel} {precision}, {threads} threads, batch {batch}", show(&args.model)))?;
         out.line(&format!("load    {load_ms:>10.2} ms"))?;
         out.line(&format!("median  {median:>10.2} ms of {} runs  {rate:.2} images/s", times.len()))?;
@@ -62,6 +67,18 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
         }
     }
     out.flush()
+}
+
+/// What was timed, and the figures of it.
+fn record(mut what: Value, batch: usize, loads: &[f64], times: &[f64]) -> Value {
+    let round = |ms: f64| (ms * 1e4).round() / 1e4;
+    let median_ms = median(times);
+    what["load_ms"] = round(median(loads)).into();
+    what["median_ms"] = round(median_ms).into();
+    what["min_ms"] = round(times.iter().copied().fold(f64::INFINITY, f64::min)).into();
+    what["images_per_s"] = round(batch as f64 * 1e3 / median_ms).into();
+    what["times_ms"] = times.iter().map(|&t| round(t)).collect::<Vec<_>>().into();
+    what
 }
 
 /// The middle of the times, or the mean of the two in the middle.
@@ -74,54 +91,138 @@ fn median(times: &[f64]) -> f64 {
     }
 }
 
-/// Every kernel and precision, each in a process of its own: a kernel is chosen once in a process's life.
-fn compare(args: &BenchArgs) -> anyhow::Result<()> {
-    let program = std::env::current_exe().context("this program's own path")?;
-    let mut out = Stdout::new();
-    let mut rows = Vec::new();
-    for (kernel, precisions) in [
-        ("amx", &["bf16", "bf16x3"][..]),
-        ("avx512", &["f32"]),
-        ("avx2", &["f32"]),
-        ("portable", &["f32"]),
-        ("candle-cpu", &["f32"]),
-    ] {
-        for precision in precisions {
-            let mut command = Command::new(&program);
-            command.arg("bench").args(["--json", "--device", "cpu", "--precision", precision]);
-            command.args(["--batch", &args.batch.to_string(), "--iters", &args.iters.to_string()]);
-            command.args(["--warmup", &args.warmup.to_string()]);
-            if let Some(threads) = args.run.threads {
-                command.args(["--threads", &threads.to_string()]);
-            }
-            if kernel == "candle-cpu" {
-                command.arg("--modules")
-            } else {
-                command.env("VIT_CPU", kernel)
-            };
-            command.arg("--").arg(&args.model).stdin(Stdio::null());
-            let done = command.output().with_context(|| show(&program))?;
-            let record = done.stdout.split(|&b| b == b'\n').rfind(|line| !line.is_empty());
-            let record = record.and_then(|line| serde_json::from_slice::<Value>(line).ok());
-            if let Some(record) = record.filter(|_| done.status.success()) {
-                rows.push(record);
-            } else {
-                let why = String::from_utf8_lossy(&done.stderr);
-                complain(&format!("{kernel} {precision}: {}", why.trim().trim_start_matches("vit-cli: ")));
+/// Something that runs the model.
+struct Contender {
+    kernel: &'static str,
+    precision: &'static str,
+    /// It is what `--precision auto` comes to.
+    auto: bool,
+    loads: Vec<f64>,
+    times: Vec<f64>,
+    /// Threads, as it reports them.
+    threads: Value,
+}
+
+impl Contender {
+    fn new(kernel: &'static str, precision: &'static str) -> Self {
+        Self { kernel, precision, auto: false, loads: Vec::new(), times: Vec::new(), threads: Value::Null }
+    }
+
+    /// Times some runs in a process of its own: memory is needed once, and a kernel is chosen where users choose it.
+    fn run(&mut self, args: &BenchArgs, iters: u32) -> anyhow::Result<()> {
+        let program = std::env::current_exe().context("this program's own path")?;
+        let mut command = Command::new(&program);
+        command.arg("bench").args(["--json", "--precision", self.precision, "--iters", &iters.to_string()]);
+        command.args(["--batch", &args.batch.to_string(), "--warmup", &args.warmup.to_string()]);
+        if let Some(threads) = args.run.threads {
+            command.args(["--threads", &threads.to_string()]);
+        }
+        match self.kernel {
+            "candle-cpu" => command.args(["--device", "cpu", "--modules"]),
+            "candle-cuda" => command.args(["--device", "cuda"]),
+            "candle-metal" => command.args(["--device", "metal"]),
+            kernel => command.args(["--device", "cpu"]).env("VIT_CPU", kernel),
+        };
+        let done = command.arg("--").arg(&args.model).stdin(Stdio::null()).output().with_context(|| show(&program))?;
+        if !done.status.success() {
+            let why = String::from_utf8_lossy(&done.stderr);
+            let why = why.trim();
+            bail!("{}", why.strip_prefix("vit-cli: ").unwrap_or(why));
+        }
+        let last = done.stdout.split(|&b| b == b'\n').rfind(|line| !line.is_empty()).unwrap_or_default();
+        let record: Value = serde_json::from_slice(last).context("what it printed")?;
+        let ran = [&record["kernel"], &record["precision"]];
+        if ran != [self.kernel, self.precision] {
+            bail!("{} {} ran instead", ran[0], ran[1]);
+        }
+        self.loads.extend(record["load_ms"].as_f64());
+        self.times.extend(record["times_ms"].as_array().into_iter().flatten().filter_map(Value::as_f64));
+        self.threads = record["threads"].clone();
+        Ok(())
+    }
+}
+
+/// Every kernel and precision that this machine has for the model.
+fn contenders(checkpoint: &Checkpoint, device: &candle_core::Device) -> anyhow::Result<Vec<Contender>> {
+    let mut all = Vec::new();
+    // a streamed engine reads little more than the head: what it would run is all that is asked
+    let probe = |isa, precision| {
+        let options = cpu::Options { threads: Some(1), precision, isa };
+        cpu::Engine::streamed(&checkpoint.info.model, checkpoint.weights.clone(), &options)
+    };
+    match probe(None, cpu::Precision::Auto) {
+        Ok(auto) => {
+            for isa in cpu::Isa::ALL.into_iter().filter(|isa| isa.available()) {
+                for precision in [cpu::Precision::Bf16, cpu::Precision::Bf16x3, cpu::Precision::F32] {
+                    let engine = probe(Some(isa), precision)?;
+                    // what a kernel does not have is run by another
+                    if (engine.isa(), engine.precision()) == (isa, precision) {
+                        let auto = (auto.isa(), auto.precision()) == (isa, precision);
+                        all.push(Contender { auto, ..Contender::new(isa.name(), precision.name()) });
+                    }
+                }
             }
         }
+        Err(vit_model::Error::Unsupported(why)) => complain(&format!("candle's modules alone run this model: {why}")),
+        Err(error) => return Err(error.into()),
     }
-    anyhow::ensure!(!rows.is_empty(), "{}: nothing ran", show(&args.model));
+    all.push(Contender::new("candle-cpu", "f32"));
+    let gpu = match device {
+        candle_core::Device::Cpu => return Ok(all),
+        candle_core::Device::Cuda(_) => "candle-cuda",
+        candle_core::Device::Metal(_) => "candle-metal",
+    };
+    all.extend(["f32", "f16", "bf16"].map(|precision| Contender::new(gpu, precision)));
+    Ok(all)
+}
+
+/// Times every kernel and precision, in rounds.
+fn compare(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
+    let device = model::options(args.run)?.device;
+    let mut all = contenders(&model::checkpoint(&args.model)?, &device).map_err(|e| e.context(show(&args.model)))?;
+    let rounds = ROUNDS.min(args.iters);
+    for round in 0..rounds {
+        let iters = args.iters / rounds + u32::from(round < args.iters % rounds);
+        all.retain_mut(|contender| {
+            if verbose {
+                complain(&format!("round {}: {} {}", round + 1, contender.kernel, contender.precision));
+            }
+            let result = contender.run(args, iters);
+            if let Err(why) = &result {
+                complain(&format!("{} {} is left out: {why:#}", contender.kernel, contender.precision));
+            }
+            result.is_ok()
+        });
+    }
+    anyhow::ensure!(!all.is_empty(), "{}: nothing ran", show(&args.model));
+    all.sort_by(|a, b| median(&a.times).total_cmp(&median(&b.times)));
+
+    let (mut out, batch) = (Stdout::new(), usize::from(args.batch));
+    let runs: Vec<Value> = (all.iter())
+        .map(|c| {
+            let what = json!({ "kernel": c.kernel, "precision": c.precision, "auto": c.auto, "threads": c.threads });
+            record(what, batch, &c.loads, &c.times)
+        })
+        .collect();
     if args.json {
-        out.line(&json_line(&rows)?)?;
+        let model = args.model.to_string_lossy();
+        out.line(&json_line(&json!({ "model": model, "batch": batch, "rounds": rounds, "runs": runs }))?)?;
         return out.flush();
     }
-    out.line(&format!("{:<11} {:<9} {:>12} {:>12} {:>10}", "kernel", "precision", "median ms", "images/s", "load ms"))?;
-    for row in &rows {
-        let number = |key: &str| row[key].as_f64().map_or_else(String::new, |n| format!("{n:.2}"));
-        let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
-        let [median, rate, load] = ["median_ms", "images_per_s", "load_ms"].map(number);
-        out.line(&format!("{:<11} {:<9} {median:>12} {rate:>12} {load:>10}", text("kernel"), text("precision")))?;
+    out.line(&format!("{}: batch {batch}, {rounds} rounds, {} runs each", show(&args.model), args.iters))?;
+    let head = ["kernel", "precision", "threads", "median ms", "fastest ms", "images/s", "load ms"];
+    let line = |cells: [&str; 7]| {
+        let [kernel, precision, threads, figures @ ..] = cells;
+        let figures = figures.map(|figure| format!("{figure:>11}")).join(" ");
+        format!("{kernel:<12} {precision:<12} {threads:>7} {figures}")
+    };
+    out.line(&line(head))?;
+    for (contender, run) in all.iter().zip(&runs) {
+        let precision = contender.precision.to_owned() + if contender.auto { " (auto)" } else { "" };
+        let figures = ["median_ms", "min_ms", "images_per_s", "load_ms"];
+        let [median, fastest, rate, load] = figures.map(|key| format!("{:.2}", run[key].as_f64().unwrap_or(f64::NAN)));
+        let threads = contender.threads.to_string();
+        out.line(&line([contender.kernel, &precision, &threads, &median, &fastest, &rate, &load]))?;
     }
     out.flush()
 }
