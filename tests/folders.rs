@@ -20,7 +20,7 @@ fn logits(checkpoint: &load::Checkpoint) -> Vec<f32> {
 }
 
 fn save(folder: &write::Folder, path: &Path) {
-    let options = write::Options { dtype: None, threads: 1, unhashed: None, inputs: &[], progress: &|_, _| {} };
+    let options = write::Options { dtype: None, threads: 1, pending: None, inputs: &[], progress: &|_, _| {} };
     write::folder(path, folder, false, &options).unwrap();
     assert!(write::folder(path, folder, false, &options).is_err(), "a model is not replaced without being told to");
     write::folder(path, folder, true, &options).unwrap();

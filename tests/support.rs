@@ -113,7 +113,7 @@ pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
 /// Writes a conversion as `vit-convert` does.
 pub fn write_to(output: &Path, converted: &Converted) -> vit_convert::Result<()> {
     let options =
-        write::Options { dtype: None, threads: 2, unhashed: converted.unhashed(), inputs: &[], progress: &|_, _| () };
+        write::Options { dtype: None, threads: 2, pending: converted.pending(), inputs: &[], progress: &|_, _| () };
     write::file(output, &converted.info, converted.weights.as_ref(), &options)
 }
 

@@ -716,8 +716,11 @@ fn gather<const W: usize>(src: &[u8], offset: usize, digits: &[Digit]) -> Vec<u8
     }
 }
 
-/// Side of the squares that a transposition goes through, so that both sides stay in the first cache.
-const TILE: usize = 32;
+/// A transposition goes through rectangles that stay in the first cache: so many of the output's neighbours …
+const DOWN: usize = 64;
+/// … and so many of the source's, which are read at once: where rows are a multiple of a page apart, no cache keeps a
+/// line of each until its next element is wanted.
+const ALONG: usize = 32;
 
 /// Copies a plane: `inner` is the output's fastest digit, `across` the source's.
 fn tile<const W: usize>(
@@ -728,23 +731,32 @@ fn tile<const W: usize>(
     (n, step, _): (usize, usize, usize),
     (m, across, out_across): (usize, usize, usize),
 ) {
-    if step == 1 && m == 1 {
-        if let (Some(a), Some(b)) = (src.get(from..from + n), out.get_mut(to..to + n)) {
-            b.copy_from_slice(a);
+    if m == 1 {
+        let (Some(row), Some(column)) = (out.get_mut(to..to + n), src.get(from..)) else { return };
+        match step {
+            0 => row.fill(column.first().copied().unwrap_or([0; W])),
+            1 => column.get(..n).into_iter().for_each(|column| row.copy_from_slice(column)),
+            _ => row.iter_mut().zip(column.iter().step_by(step)).for_each(|(cell, v)| *cell = *v),
         }
         return;
     }
-    for j0 in (0..m).step_by(TILE) {
-        let j1 = (j0 + TILE).min(m);
-        for i0 in (0..n).step_by(TILE) {
-            let i1 = (i0 + TILE).min(n);
-            for j in j0..j1 {
-                let Some(row) = out.get_mut(to + j * out_across + i0..to + j * out_across + i1) else { return };
-                let Some(column) = src.get(from + j * across + i0 * step..) else { return };
-                match step {
-                    0 => row.fill(column.first().copied().unwrap_or([0; W])),
-                    _ => row.iter_mut().zip(column.iter().step_by(step)).for_each(|(cell, v)| *cell = *v),
+    debug_assert_eq!(across, 1);
+    let mut held = [[[0u8; W]; ALONG]; DOWN];
+    for j0 in (0..m).step_by(ALONG) {
+        let columns = ALONG.min(m - j0);
+        for i0 in (0..n).step_by(DOWN) {
+            let rows = DOWN.min(n - i0);
+            for (i, line) in held.iter_mut().enumerate().take(rows) {
+                let Some(all) = src.get(from + (i0 + i) * step + j0..) else { return };
+                match all.first_chunk::<ALONG>() {
+                    Some(whole) if columns == ALONG => *line = *whole,
+                    _ => line.iter_mut().zip(all).take(columns).for_each(|(cell, v)| *cell = *v),
                 }
+            }
+            for j in 0..columns {
+                let at = to + (j0 + j) * out_across + i0;
+                let Some(row) = out.get_mut(at..at + rows) else { return };
+                row.iter_mut().zip(&held).for_each(|(cell, line)| *cell = line[j]);
             }
         }
     }

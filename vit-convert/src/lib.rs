@@ -35,7 +35,10 @@ pub mod to_hf;
 pub mod verify;
 pub mod write;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
 
 use serde_json::{Value, json};
 use vit_model::{ModelInfo, PreprocessConfig, Weights, load::Checkpoint};
@@ -76,34 +79,105 @@ impl Default for Options {
 
 /// A converted model, in memory: its weights are read from the ONNX file when they are asked for.
 pub struct Converted {
-    /// The document that goes into the written file.
-    /// Its `source.sha256` comes last, see [`Converted::document`].
+    /// The document that goes into the written file, but for what is [`pending`](Self::pending).
     pub info: ModelInfo,
     /// The tensors, under timm's names.
     pub weights: Arc<dyn Weights>,
     /// What was found where.
     pub imported: Imported,
-    /// The proof, unless it was not wanted.
+    /// The proof, unless it was not wanted or is still pending.
     pub verified: Option<verify::Verified>,
-    /// The ONNX file, while its digest is still missing in `info`.
-    unhashed: Option<Arc<StoredFile>>,
+    pending: Option<Pending>,
 }
 
 impl Converted {
-    /// The document, complete: with the ONNX file's SHA-256 in `source`.
+    /// The document, complete.
     ///
     /// # Errors
-    /// The file has changed since it was opened.
+    /// The proof fails, where it was still to be had; or the file has changed since it was opened.
     pub fn document(&mut self) -> Result<&ModelInfo> {
-        if let Some(file) = self.unhashed.take() {
-            self.info.source.insert("sha256".into(), file.sha256()?.into());
+        if let Some(pending) = &self.pending {
+            let found = pending.find(None)?;
+            found.complete(&mut self.info);
+            self.verified = found.verified.clone().or(self.verified.take());
+            self.pending = None;
         }
         Ok(&self.info)
     }
 
-    /// The ONNX file, where its SHA-256 is still missing in `info`: [`write::file`] computes it while it writes.
-    pub fn unhashed(&self) -> Option<&StoredFile> {
-        self.unhashed.as_deref()
+    /// What `info` lacks as yet: [`write::file`] finds it out while it writes.
+    pub fn pending(&self) -> Option<&Pending> {
+        self.pending.as_ref()
+    }
+}
+
+/// What a document lacks until somebody asks for it: the SHA-256 of the ONNX file, and the proof where it was put off.
+pub struct Pending {
+    file: Arc<StoredFile>,
+    proof: Option<Proof>,
+    found: OnceLock<Found>,
+}
+
+struct Proof {
+    path: PathBuf,
+    graph: graph::Graph,
+    checkpoint: Checkpoint,
+    reading: verify::Reading,
+}
+
+/// What was [`Pending`].
+pub struct Found {
+    sha256: String,
+    verified: Option<verify::Verified>,
+}
+
+impl Pending {
+    /// Finds it out, once. `weights` may stand in for the tensors that are proven, and see them being read.
+    pub(crate) fn find(&self, weights: Option<Arc<dyn Weights>>) -> Result<&Found> {
+        if let Some(found) = self.found.get() {
+            return Ok(found);
+        }
+        let found = match &self.proof {
+            None => Found { sha256: self.file.sha256()?, verified: None },
+            Some(proof) => std::thread::scope(|scope| -> Result<Found> {
+                // one thread is enough for a digest, and the proof leaves it room
+                let hash = scope.spawn(|| self.file.sha256());
+                let verified = proof.run(weights)?;
+                let sha256 = hash.join().unwrap_or_else(|_| self.file.sha256())?;
+                Ok(Found { sha256, verified: Some(verified) })
+            })?,
+        };
+        Ok(self.found.get_or_init(|| found))
+    }
+
+    /// The tensors that are to be proven.
+    pub(crate) fn proves(&self) -> Option<&Arc<dyn Weights>> {
+        self.proof.as_ref().map(|proof| &proof.checkpoint.weights)
+    }
+}
+
+impl Proof {
+    fn run(&self, weights: Option<Arc<dyn Weights>>) -> Result<verify::Verified> {
+        let Self { path, graph, checkpoint, reading } = self;
+        // a file that has changed is the reason of whatever else seems wrong
+        let at = |error: Error| graph.check().err().unwrap_or(error).at(path);
+        let checkpoint = match weights {
+            Some(weights) => &Checkpoint { weights, ..checkpoint.clone() },
+            None => checkpoint,
+        };
+        let verified = verify::verify(graph, checkpoint, reading).map_err(Error::from).map_err(at)?;
+        graph.check()?;
+        Ok(verified)
+    }
+}
+
+impl Found {
+    /// Completes a document.
+    pub(crate) fn complete(&self, info: &mut ModelInfo) {
+        info.source.insert("sha256".into(), self.sha256.as_str().into());
+        if let Some(verified) = &self.verified {
+            info.verified = Some(verified.to_json());
+        }
     }
 }
 
@@ -113,23 +187,44 @@ impl Converted {
 /// A file that cannot be read, a graph that is no ViT of this family (with the node that does not fit), labels or a
 /// preprocessing that do not fit the model, and a proof that fails.
 pub fn convert(path: &Path, options: &Options) -> Result<Converted> {
+    let mut converted = begin(path, options)?;
+    if let Some(proof) = converted.pending.as_mut().and_then(|pending| pending.proof.take()) {
+        let verified = proof.run(None)?;
+        converted.info.verified = Some(verified.to_json());
+        converted.verified = Some(verified);
+    }
+    Ok(converted)
+}
+
+/// As [`convert`], but the proof is left for later: [`write::file`] runs it beside the writing, which takes little more
+/// time than the longer of the two, and [`Converted::document`] where nothing is written.
+///
+/// # Errors
+/// As [`convert`], but those of the proof.
+pub fn begin(path: &Path, options: &Options) -> Result<Converted> {
     let onnx::Model { graph, file } = onnx::open(path)?;
     // a file that has changed is the reason of whatever else seems wrong
     let at = |error: Error| graph.check().err().unwrap_or(error).at(path);
     let imported = import::sized(&graph, options.img_size).map_err(at)?;
     let mut info = document(&graph, &imported, options).map_err(at)?;
-    let verified = options.verify.then(|| prove(&graph, &imported, &info)).transpose().map_err(at)?;
-    info.verified = Some(verified.as_ref().map_or_else(|| json!(false), verify::Verified::to_json));
-    let weights = imported.weights.clone();
-    #[cfg_attr(not(feature = "candle-onnx"), allow(unused_mut))]
-    let mut converted = Converted { info, weights, imported, verified, unhashed: Some(file.clone()) };
+    if !options.verify {
+        info.verified = Some(json!(false));
+    }
     #[cfg(feature = "candle-onnx")]
     if options.candle {
-        let said = second_opinion(&graph, &file, &converted.imported, &converted.info).map_err(at)?;
-        converted.info.source.insert("candle_onnx".into(), said);
+        let said = second_opinion(&graph, &file, &imported, &info).map_err(at)?;
+        info.source.insert("candle_onnx".into(), said);
     }
     graph.check()?;
-    Ok(converted)
+    let weights: Arc<dyn Weights> = imported.weights.clone();
+    let proof = if options.verify {
+        let checkpoint = Checkpoint::new(info.clone(), weights.clone()).map_err(Error::from).map_err(at)?;
+        Some(Proof { path: path.into(), graph, checkpoint, reading: reading(&imported) })
+    } else {
+        None
+    };
+    let pending = Some(Pending { file, proof, found: OnceLock::new() });
+    Ok(Converted { info, weights, imported, verified: None, pending })
 }
 
 /// What candle-onnx's evaluator answers on the same graph.
@@ -171,12 +266,7 @@ fn document(graph: &graph::Graph, imported: &Imported, options: &Options) -> Res
     Ok(info)
 }
 
-/// Runs both and compares.
-fn prove(graph: &graph::Graph, imported: &Imported, info: &ModelInfo) -> Result<verify::Verified> {
-    let checkpoint = Checkpoint::new(info.clone(), imported.weights.clone())?;
-    verify::verify(graph, &checkpoint, &reading(imported)).map_err(Error::from)
-}
-
+/// How the graph reads an image.
 fn reading(imported: &Imported) -> verify::Reading {
     let mut reading = verify::Reading { nhwc: imported.input.channels_last, ..verify::Reading::default() };
     // over floats the graph's normalisation has been taken into the weights; over bytes the model's preprocessing does it

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use vit_convert::{Converted, Options, convert, explain, preset, save, timm_config, to_hf, write};
+use vit_convert::{Converted, Options, begin, explain, preset, save, timm_config, to_hf, write};
 use vit_model::Dtype;
 
 /// Converts a Vision Transformer from ONNX to safetensors with timm's tensor names.
@@ -135,7 +135,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.to.is_some() && args.output.as_deref().is_some_and(|output| !is_folder(output)) {
         bail!("--to writes a folder: let the output end in /");
     }
-    let mut converted = convert(&args.input, &options)?;
+    let mut converted = begin(&args.input, &options)?;
     if let Some(report) = &args.report {
         let text = serde_json::to_vec_pretty(&report_of(&mut converted)?)?;
         save::file(report, &[&args.input], |mut file| file.write_all(&text).map_err(vit_convert::Error::io(report)))?;
@@ -144,12 +144,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
     // a dry run says too whether the folder could be written
     let folder = match args.to {
         _ if !folder => None,
-        Some(Library::Hf) => Some(to_hf::folder(converted.document()?, &weights)?),
-        _ => Some(timm_config::folder(converted.document()?, &weights)?),
+        Some(Library::Hf) => Some(to_hf::folder(&converted.info, &weights)?),
+        _ => Some(timm_config::folder(&converted.info, &weights)?),
     };
     if let (Some(output), false) = (&args.output, args.dry_run) {
         write_model(args, output, &converted, folder.as_ref())?;
     }
+    converted.document()?;
     answer(args, &converted, folder.map(|folder| folder.notes).unwrap_or_default())
 }
 
@@ -182,7 +183,7 @@ fn write_model(
     let options = write::Options {
         dtype,
         threads: args.threads.map_or(cores, usize::from),
-        unhashed: converted.unhashed(),
+        pending: converted.pending(),
         inputs: &[&args.input],
         progress: &progress,
     };

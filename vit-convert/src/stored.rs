@@ -21,8 +21,8 @@ use vit_model::safetensors::read_exact_at;
 
 use crate::{Error, Result};
 
-/// Bytes at a time where a whole file is read.
-const CHUNK: usize = 1 << 20;
+/// Bytes at a time where a whole file is read: few enough to be in a near cache still when they are looked at.
+const CHUNK: usize = 1 << 17;
 
 /// The largest buffer that a thread keeps for the next read: a weight of a ViT-B.
 const KEPT: usize = 16 << 20;
@@ -197,6 +197,17 @@ impl Data {
             BUFFER.set(buffer);
         }
         seen
+    }
+
+    /// Copies the bytes from `start` on to `out`; where they end before it does, the rest of it is zeros.
+    pub fn copy(&self, start: usize, out: &mut [u8]) {
+        let (start, len) = self.within(start..start.saturating_add(out.len()));
+        let (out, rest) = out.split_at_mut(len);
+        rest.fill(0);
+        match self {
+            Self::Memory(bytes) => out.copy_from_slice(bytes.get(start..start.saturating_add(len)).unwrap_or_default()),
+            Self::File { file, offset, .. } => file.fill(offset.saturating_add(wide(start)), out),
+        }
     }
 
     /// It is the same stretch of memory, or of the same file.

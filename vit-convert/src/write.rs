@@ -2,12 +2,13 @@
 //! bytes, whatever the number of threads.
 
 use std::{
-    collections::BTreeMap,
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
     fs::File,
     io::Write as _,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -19,7 +20,7 @@ use vit_model::{
     weights::{check_finite, widen},
 };
 
-use crate::{Error, Result, save, stored::StoredFile};
+use crate::{Error, Pending, Result, save};
 
 /// Bytes between two requests to begin with the writing to disk, so that the last one is short.
 const SYNC_EVERY: u64 = 32 << 20;
@@ -30,8 +31,8 @@ pub struct Options<'a> {
     pub dtype: Option<Dtype>,
     /// Threads that read and convert.
     pub threads: usize,
-    /// The ONNX file, where the document still lacks its SHA-256: it is computed while the tensors are written.
-    pub unhashed: Option<&'a StoredFile>,
+    /// What the document still lacks: it is found out while the tensors are written.
+    pub pending: Option<&'a Pending>,
     /// Files that must not be overwritten.
     pub inputs: &'a [&'a Path],
     /// Told how many bytes are done, of how many.
@@ -91,56 +92,59 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
 }
 
 fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    let (Some(info), Some(hashed)) = (info, options.unhashed) else {
-        let layout = Layout::new(info, weights.tensors(), options.dtype)?;
-        return save::file(path, options.inputs, |file| fill(path, file, &layout, weights, options, || ()));
-    };
-    let layout = |digest: &str| {
-        let mut info = info.clone();
-        info.source.insert("sha256".into(), digest.into());
-        Layout::new(Some(&info), weights.tensors(), options.dtype)
-    };
-    // every digest is as long as this one
-    let draft = layout(&"0".repeat(64))?;
+    let layout = |info: Option<&ModelInfo>| Layout::new(info, weights.tensors(), options.dtype);
+    let draft = layout(info)?;
     save::file(path, options.inputs, |file| {
-        let digest = OnceLock::new();
-        fill(path, file, &draft, weights, options, || drop(digest.set(hashed.sha256())))?;
-        let digest = digest.into_inner().unwrap_or_else(|| hashed.sha256())?;
-        let header = layout(&digest)?.header;
-        write_all_at(file, &header, 8).map_err(Error::io(path))
+        let Some(pending) = options.pending else {
+            return fill(&Output::new(path, file, draft)?, weights, options, false, || Ok(()));
+        };
+        let room = draft.header.len();
+        let output = Arc::new(Output::new(path, file, draft)?);
+        // whoever proves these very tensors reads each of them, and once is enough
+        let proven = pending.proves().filter(|proven| std::ptr::addr_eq(Arc::as_ptr(proven), weights)).cloned();
+        let seen = proven.map(|inner| -> Arc<dyn Weights> { Arc::new(Seen { inner, output: output.clone() }) });
+        fill(&output, weights, options, seen.is_some(), || pending.find(seen.clone()).map(drop))?;
+        let Some(mut info) = info.cloned() else { return Ok(()) };
+        pending.find(None)?.complete(&mut info);
+        let whole = layout(Some(&info))?;
+        if whole.header.len() == room {
+            return write_all_at(file, &whole.header, 8).map_err(Error::io(path));
+        }
+        // what was found is longer than the room that is kept for it
+        fill(&Output::new(path, file, whole)?, weights, options, false, || Ok(()))
     })
 }
 
 /// A tensor's place in the file.
-struct Place<'a> {
-    name: &'a str,
+struct Place {
+    name: String,
     stored: Dtype,
     dtype: Dtype,
     offset: u64,
 }
 
-struct Layout<'a> {
+/// Bytes of the header that are kept for what the document lacks as long as the proof runs. They are kept in every file,
+/// so that its bytes do not say how it was written.
+const ROOM: usize = 1024;
+
+struct Layout {
     header: Vec<u8>,
-    places: Vec<Place<'a>>,
+    /// By offset.
+    places: Vec<Place>,
+    /// Tensor → its place.
+    index: HashMap<String, usize>,
     /// Bytes behind the header.
     data_len: u64,
 }
 
-impl<'a> Layout<'a> {
-    fn new(info: Option<&ModelInfo>, tensors: &'a BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
+impl Layout {
+    fn new(info: Option<&ModelInfo>, tensors: &BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
         let mut sorted: Vec<(&String, &TensorInfo, Dtype)> =
             tensors.iter().map(|(name, info)| (name, info, dtype.unwrap_or(info.dtype))).collect();
         // wide elements first: then each tensor is aligned to its elements
         sorted.sort_by_key(|(name, _, dtype)| (std::cmp::Reverse(dtype.size()), *name));
         let too_large = |name: &str| Error::tensor(name, "is larger than any memory");
-        let mut metadata = json!({ "format": "pt" });
-        if let Some(info) = info {
-            let config =
-                serde_json::to_string(info).map_err(|error| Error::graph(format!("configuration: {error}")))?;
-            metadata["config"] = json!(config);
-        }
-        let mut header = Map::new();
-        header.insert("__metadata__".into(), metadata);
+        let mut header = Map::from_iter([("__metadata__".to_owned(), Value::Null)]);
         let mut places = Vec::with_capacity(sorted.len());
         let mut offset = 0_u64;
         for (name, info, dtype) in sorted {
@@ -149,91 +153,176 @@ impl<'a> Layout<'a> {
             let end = offset.checked_add(len).ok_or_else(|| too_large(name))?;
             let entry = json!({ "dtype": dtype.name(), "shape": info.shape, "data_offsets": [offset, end] });
             header.insert(name.clone(), entry);
-            places.push(Place { name, stored: info.dtype, dtype, offset });
+            places.push(Place { name: name.clone(), stored: info.dtype, dtype, offset });
             offset = end;
         }
-        let mut header =
-            serde_json::to_vec(&Value::Object(header)).map_err(|error| Error::graph(format!("header: {error}")))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
-        Ok(Self { header, places, data_len: offset })
+        let index = places.iter().enumerate().map(|(at, place)| (place.name.clone(), at)).collect();
+        let mut with = |info: Option<&ModelInfo>| -> Result<Vec<u8>> {
+            let failed = |error| Error::graph(format!("header: {error}"));
+            let mut metadata = json!({ "format": "pt" });
+            if let Some(info) = info {
+                metadata["config"] = json!(serde_json::to_string(info).map_err(failed)?);
+            }
+            header["__metadata__"] = metadata;
+            serde_json::to_vec(&header).map_err(failed)
+        };
+        let least = match info {
+            None => 0,
+            Some(info) => {
+                let mut draft = ModelInfo { verified: None, ..info.clone() };
+                draft.source.remove("sha256");
+                with(Some(&draft))?.len().saturating_add(ROOM)
+            }
+        };
+        let mut header = with(info)?;
+        header.resize(header.len().max(least).next_multiple_of(8), b' ');
+        Ok(Self { header, places, index, data_len: offset })
+    }
+
+    /// Bytes before the first tensor.
+    fn start(&self) -> u64 {
+        self.header.len().saturating_add(8) as u64
+    }
+
+    fn total(&self) -> u64 {
+        self.start().saturating_add(self.data_len)
     }
 }
 
-/// Header, then tensors: each thread takes the next one, converts it and writes it to its place. One of them does what is
-/// to be done `aside` first.
+/// A file that is being written, by several threads.
+struct Output {
+    path: PathBuf,
+    file: File,
+    layout: Layout,
+    /// Tensors that are written, or that a thread is busy with.
+    taken: Vec<AtomicBool>,
+    /// Bytes that are written.
+    done: AtomicU64,
+    failed: AtomicBool,
+    failure: Mutex<Option<(usize, Error)>>,
+}
+
+impl Output {
+    /// Writes the header, and makes room for the rest.
+    fn new(path: &Path, file: &File, layout: Layout) -> Result<Self> {
+        let begin = || -> std::io::Result<File> {
+            file.set_len(layout.total())?;
+            write_all_at(file, &(layout.header.len() as u64).to_le_bytes(), 0)?;
+            write_all_at(file, &layout.header, 8)?;
+            file.try_clone()
+        };
+        let file = begin().map_err(Error::io(path))?;
+        let taken = layout.places.iter().map(|_| AtomicBool::new(false)).collect();
+        let (done, failed) = (AtomicU64::new(layout.start()), AtomicBool::new(false));
+        Ok(Self { path: path.into(), file, layout, taken, done, failed, failure: Mutex::new(None) })
+    }
+
+    /// Writes a tensor, unless somebody else does.
+    fn put<'b>(&self, at: usize, read: impl FnOnce(&Place) -> Result<Cow<'b, [u8]>>) {
+        let (Some(place), Some(taken)) = (self.layout.places.get(at), self.taken.get(at)) else { return };
+        if self.failed.load(Ordering::Relaxed) || taken.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let written = read(place).and_then(|bytes| converted(place, bytes)).and_then(|bytes| {
+            write_all_at(&self.file, &bytes, self.layout.start().saturating_add(place.offset))
+                .map_err(Error::io(&self.path))?;
+            Ok(self.done.fetch_add(bytes.len() as u64, Ordering::Relaxed))
+        });
+        if let Err(error) = written {
+            self.failed.store(true, Ordering::Relaxed);
+            // the first in order, so that the message does not depend on the threads either
+            if let Ok(mut first) = self.failure.lock()
+                && first.as_ref().is_none_or(|(before, _)| at < *before)
+            {
+                *first = Some((at, error));
+            }
+        }
+    }
+}
+
+/// Tensors that are written when somebody reads them.
+struct Seen {
+    inner: Arc<dyn Weights>,
+    output: Arc<Output>,
+}
+
+impl Weights for Seen {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        self.inner.tensors()
+    }
+
+    fn read(&self, name: &str) -> vit_model::Result<Vec<u8>> {
+        let bytes = self.inner.read(name)?;
+        if let Some(&at) = self.output.layout.index.get(name) {
+            self.output.put(at, |_| Ok(Cow::Borrowed(&bytes)));
+        }
+        Ok(bytes)
+    }
+}
+
+/// Each thread takes the next tensor, converts it and writes it to its place. One of them does what is to be done `aside`
+/// first; where that reads the tensors (`seen`), the others leave them to it.
 fn fill(
-    path: &Path,
-    file: &File,
-    layout: &Layout<'_>,
+    output: &Output,
     weights: &dyn Weights,
     options: &Options<'_>,
-    aside: impl Fn() + Sync,
+    seen: bool,
+    aside: impl Fn() -> Result<()>,
 ) -> Result<()> {
-    let io = |result: std::io::Result<()>| result.map_err(Error::io(path));
-    let start = layout.header.len().saturating_add(8) as u64;
-    let total = start.saturating_add(layout.data_len);
-    io(file.set_len(total))?;
-    io(write_all_at(file, &(layout.header.len() as u64).to_le_bytes(), 0))?;
-    io(write_all_at(file, &layout.header, 8))?;
-    let (next, done, failed) = (AtomicUsize::new(0), AtomicU64::new(start), AtomicBool::new(false));
-    let failure: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+    let total = output.layout.total();
+    let progress = || (options.progress)(output.done.load(Ordering::Relaxed), total);
+    let next = AtomicUsize::new(0);
     let work = || {
-        while !failed.load(Ordering::Relaxed) {
+        while !output.failed.load(Ordering::Relaxed) {
             let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(place) = layout.places.get(at) else { break };
-            let written = tensor(weights, place)
-                .and_then(|bytes| {
-                    io(write_all_at(file, &bytes, start.saturating_add(place.offset)))?;
-                    Ok(bytes.len() as u64)
-                })
-                .inspect(|&len| (options.progress)(done.fetch_add(len, Ordering::Relaxed).saturating_add(len), total));
-            if let Err(error) = written {
-                failed.store(true, Ordering::Relaxed);
-                // the first in order, so that the message does not depend on the threads either
-                if let Ok(mut first) = failure.lock()
-                    && first.as_ref().is_none_or(|(before, _)| at < *before)
-                {
-                    *first = Some((at, error));
-                }
+            if at >= output.layout.places.len() {
+                break;
             }
+            output.put(at, |place| Ok(weights.read(&place.name)?.into()));
+            progress();
         }
     };
     let finished = AtomicBool::new(false);
     thread::scope(|scope| {
         // the disk works while we do
         let early = || {
-            let mut synced = start;
+            let mut synced = 0;
             while !finished.load(Ordering::Acquire) {
                 thread::park_timeout(std::time::Duration::from_millis(20));
-                let now = done.load(Ordering::Relaxed);
+                let now = output.done.load(Ordering::Relaxed);
                 if now.saturating_sub(synced) >= SYNC_EVERY {
                     synced = now;
-                    let _ = file.sync_data();
+                    let _ = output.file.sync_data();
+                    progress();
                 }
             }
         };
-        let early = (layout.data_len > 2 * SYNC_EVERY).then(|| scope.spawn(early));
-        let aside = &aside;
-        let others: Vec<_> = (1..options.threads).map(|_| scope.spawn(work)).collect();
-        aside();
+        let early = (output.layout.data_len > 2 * SYNC_EVERY).then(|| scope.spawn(early));
+        let others = || (1..options.threads).map(|_| scope.spawn(work)).collect::<Vec<_>>();
+        let at_once = if seen { Vec::new() } else { others() };
+        let done = aside();
+        if done.is_err() {
+            output.failed.store(true, Ordering::Relaxed);
+        }
+        let late = if seen { others() } else { Vec::new() };
         work();
-        for other in others {
+        for other in at_once.into_iter().chain(late) {
             let _ = other.join();
         }
         finished.store(true, Ordering::Release);
         if let Some(early) = early {
             early.thread().unpark();
         }
-    });
-    match failure.into_inner() {
-        Ok(Some((_, error))) => Err(error),
-        _ => Ok(()),
+        done
+    })?;
+    match output.failure.lock() {
+        Ok(mut first) => first.take().map_or(Ok(()), |(_, error)| Err(error)),
+        Err(_) => Err(Error::file(&output.path, "was not written: a thread failed")),
     }
 }
 
 /// A tensor's elements in the type that is written.
-fn tensor(weights: &dyn Weights, place: &Place<'_>) -> Result<Vec<u8>> {
-    let bytes = weights.read(place.name)?;
+fn converted<'b>(place: &Place, bytes: Cow<'b, [u8]>) -> Result<Cow<'b, [u8]>> {
     if place.stored == place.dtype {
         return Ok(bytes);
     }
@@ -244,12 +333,12 @@ fn tensor(weights: &dyn Weights, place: &Place<'_>) -> Result<Vec<u8>> {
         Dtype::F16 => values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect(),
         Dtype::Bf16 => values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect(),
     };
-    if let Ok(()) = check_finite(place.name, place.dtype, &bytes) {
-        Ok(bytes)
+    if let Ok(()) = check_finite(&place.name, place.dtype, &bytes) {
+        Ok(bytes.into())
     } else {
         let largest = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
         let why = format!("its largest value {largest} does not fit into {}", place.dtype.name());
-        Err(Error::tensor(place.name, why))
+        Err(Error::tensor(&place.name, why))
     }
 }
 

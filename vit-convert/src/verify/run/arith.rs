@@ -1,155 +1,182 @@
 //! Elementwise operators: functions of one value, of two, comparisons, logic, casts.
 
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 use std::sync::Arc;
 
-use candle_core::cpu::erf::{erf_f32, erf_f64};
+use candle_core::cpu::erf::erf_f64;
 use rayon::prelude::*;
 
-use super::value::{Data, Res, Value, broadcast_dims, is_float, wrap, zip};
-use super::{Call, one};
+use super::value::{Data, Res, Value, broadcast_dims, is_float, wrap, zip, zip_into};
+use super::{Call, math, one};
 use crate::graph::{Attr, DType};
 
-/// A function of one real number, in both widths: an f32 graph is computed in f32, as the model that it is compared to.
-#[derive(Clone, Copy)]
-pub(super) struct Real {
-    pub f32: fn(f32, [f32; 2]) -> f32,
-    pub f64: fn(f64, [f64; 2]) -> f64,
-    pub args: [f64; 2],
+/// Applies a function to every element of a float, in its own width: an f32 graph is computed in f32, as the model that it
+/// is compared to.
+pub(super) fn map(value: Value, f: impl Fn(f32) -> f32 + Sync, g: impl Fn(f64) -> f64 + Sync) -> Res<Value> {
+    fn each<T: Copy + Send + Sync>(x: &mut Arc<Vec<T>>, f: impl Fn(T) -> T + Sync) {
+        let parts = Arc::make_mut(x).par_chunks_mut(1 << 13);
+        parts.for_each(|part| math::wide(|| part.iter_mut().for_each(|x| *x = f(*x))));
+    }
+    let Value { dtype, dims, mut data } = value;
+    match &mut data {
+        Data::F32(x) => each(x, f),
+        Data::F64(x) => each(x, g),
+        _ => return Err(format!("needs floats, found {dtype:?}")),
+    }
+    Ok(Value { dtype, dims, data }.rounded())
 }
 
+/// [`map`] of one formula in both widths; its parameters, given as doubles, have the width of `x`.
 macro_rules! real {
-    ($args:expr, |$x:ident, $a:ident| $body:expr) => {
-        Real {
-            f32: |$x, $a| {
-                let _ = $a;
-                $body
-            },
-            f64: |$x, $a| {
-                let _ = $a;
-                $body
-            },
-            args: $args,
-        }
+    ($value:expr, |$x:ident| $body:expr) => {
+        map($value, |$x: f32| $body, |$x: f64| $body)
     };
-    (|$x:ident| $body:expr) => {
-        Real { f32: |$x, _| $body, f64: |$x, _| $body, args: [0., 0.] }
+    ($value:expr, $args:expr, |$x:ident, $a:ident| $body:expr) => {{
+        let (wide, narrow): ([f64; 2], _) = ($args, $args.map(|a| a as f32));
+        map(
+            $value,
+            move |$x: f32| {
+                let $a = narrow;
+                $body
+            },
+            move |$x: f64| {
+                let $a = wide;
+                $body
+            },
+        )
+    }};
+}
+
+/// [`map`] of a function of doubles that is fit for vectors where f32 is kept, and of the library's where doubles are.
+macro_rules! double {
+    ($value:expr, |$x:ident| $body:expr, $exact:expr) => {
+        map(
+            $value,
+            |x: f32| {
+                let $x = f64::from(x);
+                $body as f32
+            },
+            $exact,
+        )
     };
 }
 
 /// GELU with the exact erf.
-pub(super) const GELU: Real = Real {
-    f32: |x, _| 0.5 * x * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)),
-    f64: |x, _| 0.5 * x * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2)),
-    args: [0., 0.],
-};
+pub(super) fn gelu(v: Value) -> Res<Value> {
+    double!(v, |x| 0.5 * x * (1.0 + math::erf(x * FRAC_1_SQRT_2)), |x| 0.5 * x * (1.0 + erf_f64(x * FRAC_1_SQRT_2)))
+}
 
 /// GELU by tanh; √(2/π) is 2/√π · 1/√2.
-pub(super) const GELU_TANH: Real = Real {
-    f32: |x, _| {
-        let c = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-        0.5 * x * (1.0 + (c * (x + 0.044715 * x * x * x)).tanh())
-    },
-    f64: |x, _| {
-        let c = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2;
-        0.5 * x * (1.0 + (c * (x + 0.044715 * x * x * x)).tanh())
-    },
-    args: [0., 0.],
-};
+pub(super) fn gelu_tanh(v: Value) -> Res<Value> {
+    const C: f64 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
+    let inner = |x: f64| C * (x + 0.044715 * x * x * x);
+    double!(v, |x| 0.5 * x * (1.0 + math::tanh(inner(x))), |x| 0.5 * x * (1.0 + inner(x).tanh()))
+}
 
 /// `x · sigmoid(αx)`
-pub(super) fn quick_gelu(alpha: f64) -> Real {
-    real!([alpha, 0.], |x, a| x / (1.0 + (-a[0] * x).exp()))
+pub(super) fn quick_gelu(v: Value, alpha: f64) -> Res<Value> {
+    double!(v, |x| x / (1.0 + math::exp(-alpha * x)), |x| x / (1.0 + (-alpha * x).exp()))
 }
 
-/// Applies a function to every element of a float.
-pub(super) fn map(value: Value, f: Real) -> Res<Value> {
-    let Value { dtype, dims, data } = value;
-    let data = match data {
-        Data::F32(mut x) => {
-            let args = f.args.map(|a| a as f32);
-            Arc::make_mut(&mut x).par_iter_mut().with_min_len(1 << 12).for_each(|x| *x = (f.f32)(*x, args));
-            Data::F32(x)
-        }
-        Data::F64(mut x) => {
-            Arc::make_mut(&mut x).par_iter_mut().with_min_len(1 << 12).for_each(|x| *x = (f.f64)(*x, f.args));
-            Data::F64(x)
-        }
-        _ => return Err(format!("needs floats, found {dtype:?}")),
-    };
-    Ok(Value { dtype, dims, data }.rounded())
+/// tanh
+pub(super) fn tanh(v: Value) -> Res<Value> {
+    double!(v, |x| math::tanh(x), f64::tanh)
 }
 
-fn real_of(call: &Call<'_>) -> Option<Res<Real>> {
-    let alpha = |default| call.float("alpha", default);
-    Some(Ok(match call.node.op.as_str() {
-        "Sqrt" => real!(|x| x.sqrt()),
-        "Exp" => real!(|x| x.exp()),
-        "Log" => real!(|x| x.ln()),
-        "Tanh" => real!(|x| x.tanh()),
-        "Sin" => real!(|x| x.sin()),
-        "Cos" => real!(|x| x.cos()),
-        "Floor" => real!(|x| x.floor()),
-        "Ceil" => real!(|x| x.ceil()),
-        "Round" => real!(|x| x.round_ties_even()),
-        "Reciprocal" => real!(|x| 1.0 / x),
-        "Sigmoid" => real!(|x| 1.0 / (1.0 + (-x).exp())),
-        "Erf" => Real { f32: |x, _| erf_f32(x), f64: |x, _| erf_f64(x), args: [0., 0.] },
-        "Softplus" => real!(|x| x.max(0.0) + (-x.abs()).exp().ln_1p()),
-        "Softsign" => real!(|x| x / (1.0 + x.abs())),
-        "HardSwish" => real!(|x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
-        "Mish" => real!(|x| x * (x.max(0.0) + (-x.abs()).exp().ln_1p()).tanh()),
+/// `1 / (1 + e⁻ˣ)`
+pub(super) fn sigmoid(v: Value) -> Res<Value> {
+    double!(v, |x| 1.0 / (1.0 + math::exp(-x)), |x| 1.0 / (1.0 + (-x).exp()))
+}
+
+/// `x`, and `αx` below 0
+pub(super) fn leaky(v: Value, alpha: f64) -> Res<Value> {
+    real!(v, [alpha, 0.], |x, a| if x < 0.0 { a[0] * x } else { x })
+}
+
+/// Functions of one real number.
+fn unary(call: &mut Call<'_>) -> Option<Res<Value>> {
+    let op = call.node.op.as_str();
+    let f: fn(Value) -> Res<Value> = match op {
+        "Sqrt" => |v| real!(v, |x| x.sqrt()),
+        "Exp" => |v| double!(v, |x| math::exp(x), f64::exp),
+        "Log" => |v| real!(v, |x| x.ln()),
+        "Tanh" => tanh,
+        "Sin" => |v| real!(v, |x| x.sin()),
+        "Cos" => |v| real!(v, |x| x.cos()),
+        "Floor" => |v| real!(v, |x| x.floor()),
+        "Ceil" => |v| real!(v, |x| x.ceil()),
+        "Round" => |v| real!(v, |x| x.round_ties_even()),
+        "Reciprocal" => |v| real!(v, |x| 1.0 / x),
+        "Sigmoid" => sigmoid,
+        "Erf" => |v| double!(v, |x| math::erf(x), erf_f64),
+        "Softplus" => |v| real!(v, |x| x.max(0.0) + (-x.abs()).exp().ln_1p()),
+        "Softsign" => |v| real!(v, |x| x / (1.0 + x.abs())),
+        "HardSwish" => |v| real!(v, |x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
+        "Mish" => |v| real!(v, |x| x * (x.max(0.0) + (-x.abs()).exp().ln_1p()).tanh()),
         "Gelu" => match call.str("approximate", "none") {
-            Ok(a) if a == "none" => GELU,
-            Ok(a) if a == "tanh" => GELU_TANH,
+            Ok(a) if a == "none" => gelu,
+            Ok(a) if a == "tanh" => gelu_tanh,
             Ok(a) => return Some(Err(format!("`approximate` is `{a}`"))),
             Err(e) => return Some(Err(e)),
         },
-        "Swish" => match alpha(1.0) {
-            Ok(a) => quick_gelu(a),
-            Err(e) => return Some(Err(e)),
-        },
-        "Elu" | "LeakyRelu" | "Celu" | "ThresholdedRelu" | "HardSigmoid" | "Selu" => {
-            let (a, second) = match call.node.op.as_str() {
-                "LeakyRelu" => (0.01, 0.0),
-                "HardSigmoid" => (0.2, 0.5),
-                "Selu" => (1.673_263_2, 1.050_701),
-                _ => (1.0, 0.0),
-            };
-            let name = if call.node.op == "Selu" { "gamma" } else { "beta" };
-            let args = match (alpha(a), call.float(name, second)) {
-                (Ok(a), Ok(b)) => [a, b],
-                (Err(e), _) | (_, Err(e)) => return Some(Err(e)),
-            };
-            match call.node.op.as_str() {
-                "Elu" => real!(args, |x, a| if x < 0.0 { a[0] * x.exp_m1() } else { x }),
-                "LeakyRelu" => real!(args, |x, a| if x < 0.0 { a[0] * x } else { x }),
-                "Celu" => real!(args, |x, a| x.max(0.0) + (a[0] * (x / a[0]).exp_m1()).min(0.0)),
-                "ThresholdedRelu" => real!(args, |x, a| if x > a[0] { x } else { 0.0 }),
-                "HardSigmoid" => real!(args, |x, a| (a[0] * x + a[1]).clamp(0.0, 1.0)),
-                _ => real!(args, |x, a| a[1] * if x > 0.0 { x } else { a[0] * x.exp_m1() }),
-            }
-        }
+        "Swish" => return Some(call.float("alpha", 1.0).and_then(|alpha| quick_gelu(call.take(0)?, alpha))),
+        "Elu" | "LeakyRelu" | "Celu" | "ThresholdedRelu" | "HardSigmoid" | "Selu" => return Some(bent(call)),
         _ => return None,
-    }))
+    };
+    Some(call.take(0).and_then(f))
+}
+
+/// Functions of one real number with parameters of their own.
+fn bent(call: &mut Call<'_>) -> Res<Value> {
+    let op = call.node.op.as_str();
+    let (first, second) = match op {
+        "LeakyRelu" => (0.01, 0.0),
+        "HardSigmoid" => (0.2, 0.5),
+        "Selu" => (1.673_263_2, 1.050_701),
+        _ => (1.0, 0.0),
+    };
+    let args = [call.float("alpha", first)?, call.float(if op == "Selu" { "gamma" } else { "beta" }, second)?];
+    let v = call.take(0)?;
+    match op {
+        "Elu" => real!(v, args, |x, a| if x < 0.0 { a[0] * x.exp_m1() } else { x }),
+        "LeakyRelu" => leaky(v, args[0]),
+        "Celu" => real!(v, args, |x, a| x.max(0.0) + (a[0] * (x / a[0]).exp_m1()).min(0.0)),
+        "ThresholdedRelu" => real!(v, args, |x, a| if x > a[0] { x } else { 0.0 }),
+        "HardSigmoid" => real!(v, args, |x, a| (a[0] * x + a[1]).clamp(0.0, 1.0)),
+        _ => real!(v, args, |x, a| a[1] * if x > 0.0 { x } else { a[0] * x.exp_m1() }),
+    }
 }
 
 /// `f(a, b)` for two values of one type.
 pub(super) fn binary(a: &Value, b: &Value, op: &str) -> Res<Value> {
+    combine(a.clone(), b.clone(), op)
+}
+
+/// As [`binary`]; the memory of an operand that nobody else holds is used again.
+pub(super) fn combine(a: Value, b: Value, op: &str) -> Res<Value> {
     if a.dtype != b.dtype {
         return Err(format!("its operands are {:?} and {:?}, they must be of one type", a.dtype, b.dtype));
     }
-    let (a, b) = (&a.clone().like(b), &b.clone().like(a));
+    let a = a.like(&b);
+    let b = b.like(&a);
     let none = || format!("{op} has no rule for {:?}", a.dtype);
-    let (dims, data) = match (&a.data, &b.data) {
+    let (dims, data) = match (a.data, b.data) {
         (Data::F32(x), Data::F32(y)) => {
-            let f: fn(f32, f32) -> f32 = float_op(op).ok_or_else(none)?.0;
-            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
-            (dims, Data::F32(Arc::new(out)))
+            let (x, y) = ((x, &a.dims[..]), (y, &b.dims[..]));
+            let (dims, out) = match op {
+                // loops of their own for what every graph is full of
+                "Add" => zip_into(x, y, |x, y| x + y),
+                "Sub" => zip_into(x, y, |x, y| x - y),
+                "Mul" => zip_into(x, y, |x, y| x * y),
+                "Div" => zip_into(x, y, |x, y| x / y),
+                "Pow" if y.0.len() == 1 && y.0[0] == 2.0 => zip_into(x, y, |x, _| x * x),
+                _ => zip_into(x, y, float_op(op).ok_or_else(none)?.0),
+            }?;
+            (dims, Data::F32(out))
         }
         (Data::F64(x), Data::F64(y)) => {
-            let f = float_op(op).ok_or_else(none)?.1;
-            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
-            (dims, Data::F64(Arc::new(out)))
+            let (dims, out) = zip_into((x, &a.dims), (y, &b.dims), float_op(op).ok_or_else(none)?.1)?;
+            (dims, Data::F64(out))
         }
         (Data::Int(x), Data::Int(y)) => {
             let f: fn(i64, i64) -> i64 = match op {
@@ -175,8 +202,8 @@ pub(super) fn binary(a: &Value, b: &Value, op: &str) -> Res<Value> {
             if a.dtype == DType::Bool {
                 return Err(none());
             }
-            let (dims, out) = zip((x, &a.dims), (y, &b.dims), f)?;
-            (dims, Data::Int(Arc::new(out)))
+            let (dims, out) = zip_into((x, &a.dims), (y, &b.dims), f)?;
+            (dims, Data::Int(out))
         }
         _ => return Err(none()),
     };
@@ -276,13 +303,16 @@ pub(super) fn dtype_of(code: i64) -> Res<DType> {
 }
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
-    if let Some(f) = real_of(call) {
-        return one(f.and_then(|f| map(call.take(0)?, f)));
+    if let Some(result) = unary(call) {
+        return one(result);
     }
     let result = match call.node.op.as_str() {
         op @ ("Add" | "Sub" | "Mul" | "Div" | "PRelu") => {
             if call.inputs.len() == 2 {
-                (|| binary(call.input(0)?, call.input(1)?, op))()
+                (|| {
+                    let (a, b) = (call.take(0)?, call.take(1)?);
+                    combine(a, b, op)
+                })()
             } else {
                 Err("needs two inputs".into())
             }
@@ -295,7 +325,11 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                     let raised = binary(&cast(a.clone(), DType::F64)?, &cast(b.clone(), DType::F64)?, "Pow")?;
                     cast(raised, a.dtype)
                 }
-                _ => binary(a, &cast(b.clone(), a.dtype)?, "Pow"),
+                _ => {
+                    let (a, b) = (a.clone(), cast(b.clone(), a.dtype)?);
+                    call.inputs.clear();
+                    combine(a, b, "Pow")
+                }
             }
         })(),
         "Mod" => (|| {
@@ -326,22 +360,23 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                 };
                 return Ok(Value::int(v.dtype, v.dims.clone(), x.iter().map(|&x| f(x)).collect()).rounded());
             }
-            map(
-                v,
-                match op {
-                    "Neg" => real!(|x| -x),
-                    "Abs" => real!(|x| x.abs()),
-                    _ => real!(|x| if x > 0.0 {
-                        1.0
-                    } else if x < 0.0 {
-                        -1.0
-                    } else {
-                        x
-                    }),
-                },
-            )
+            match op {
+                "Neg" => real!(v, |x| -x),
+                "Abs" => real!(v, |x| x.abs()),
+                _ => real!(v, |x| if x > 0.0 {
+                    1.0
+                } else if x < 0.0 {
+                    -1.0
+                } else {
+                    x
+                }),
+            }
         })(),
-        "Relu" => (|| binary(call.input(0)?, &Value::scalar(call.input(0)?.dtype, 0.0), "Max"))(),
+        "Relu" => (|| {
+            let v = call.take(0)?;
+            let zero = Value::scalar(v.dtype, 0.0);
+            combine(v, zero, "Max")
+        })(),
         "Clip" => (|| {
             let mut v = call.take(0)?;
             for (i, name, op) in [(1, "min", "Max"), (2, "max", "Min")] {
@@ -350,7 +385,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                     if bound.len() != 1 {
                         return Err(format!("its {name} must be a scalar, found shape {:?}", bound.dims));
                     }
-                    v = binary(&v, &bound.with_dims(vec![])?, op)?;
+                    v = combine(v, bound.with_dims(vec![])?, op)?;
                 }
             }
             Ok(v)

@@ -18,14 +18,17 @@ struct Heads {
 impl Heads {
     fn run(self, call: &mut Call<'_>) -> Res<Value> {
         let kt = linear::swap(&self.k, 2, 3)?;
-        let times = |v: &Value, by: f64| arith::binary(v, &Value::scalar(v.dtype, by), "Mul");
-        let mut scores = times(&linear::matmul(call, self.q, kt)?, self.scale)?;
+        let times = |v: Value, by: f64| {
+            let by = Value::scalar(v.dtype, by);
+            arith::combine(v, by, "Mul")
+        };
+        let mut scores = times(linear::matmul(call, self.q, kt)?, self.scale)?;
         if self.softcap != 0.0 {
-            scores = times(&arith::map(times(&scores, 1.0 / self.softcap)?, TANH)?, self.softcap)?;
+            scores = times(arith::tanh(times(scores, 1.0 / self.softcap)?)?, self.softcap)?;
         }
         if let Some(bias) = &self.bias {
             let dims = scores.dims.clone();
-            scores = arith::binary(&scores, bias, "Add")?;
+            scores = arith::combine(scores, bias.clone(), "Add")?;
             if scores.dims != dims {
                 return Err(format!("a mask of shape {:?} over scores of shape {dims:?}", bias.dims));
             }
@@ -45,8 +48,6 @@ impl Heads {
         linear::matmul(call, weights, self.v)
     }
 }
-
-const TANH: arith::Real = arith::Real { f32: |x, _| x.tanh(), f64: |x, _| x.tanh(), args: [0., 0.] };
 
 /// `[B, S, H·D] → [B, H, S, D]`
 fn to_heads(v: &Value, heads: usize) -> Res<Value> {

@@ -8,12 +8,12 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
         "SkipLayerNormalization" => return Some(skip_norm(call, true)),
         "SkipSimplifiedLayerNormalization" => return Some(skip_norm(call, false)),
-        "Gelu" => call.take(0).and_then(|v| arith::map(v, arith::GELU)),
-        "BiasGelu" => (|| arith::map(arith::binary(call.input(0)?, call.input(1)?, "Add")?, arith::GELU))(),
-        "FastGelu" => (|| arith::map(reduce::plus(call.take(0)?, call.opt(1))?, arith::GELU_TANH))(),
+        "Gelu" => call.take(0).and_then(arith::gelu),
+        "BiasGelu" => (|| arith::gelu(arith::combine(call.take(0)?, call.take(1)?, "Add")?))(),
+        "FastGelu" => (|| arith::gelu_tanh(reduce::plus(call.take(0)?, call.opt(1))?))(),
         "QuickGelu" => (|| {
             let alpha = call.float("alpha", 1.702)?;
-            arith::map(call.take(0)?, arith::quick_gelu(alpha))
+            arith::quick_gelu(call.take(0)?, alpha)
         })(),
         "BiasAdd" => {
             (|| arith::binary(&arith::binary(call.input(0)?, call.input(1)?, "Add")?, call.input(2)?, "Add"))()
@@ -52,8 +52,8 @@ fn skip_norm(call: &mut Call<'_>, centred: bool) -> Res<Vec<Value>> {
     if gamma.dims != [n] || beta.is_some_and(|b| b.dims != [n]) {
         return Err(format!("gamma of shape {:?} over {n} channels", gamma.dims));
     }
-    let (normed, inverse, means) = reduce::norm_last(&sum, eps, centred)?;
-    let out = reduce::plus(arith::binary(&normed, gamma, "Mul")?, beta)?;
+    let (normed, inverse, means) = reduce::norm_last(sum.clone(), eps, centred)?;
+    let out = reduce::plus(arith::combine(normed, gamma.clone(), "Mul")?, beta)?;
     let mut stat = x.dims.clone();
     stat.pop();
     stat.push(1);

@@ -133,12 +133,13 @@ pub(super) fn gemm(call: &mut Call<'_>) -> Res<Value> {
     }
     let mut out = if tb { matmul_turned(call, a, b)? } else { matmul(call, a, b)? };
     if alpha != 1.0 {
-        out = arith::binary(&out, &Value::scalar(out.dtype, alpha), "Mul")?;
+        let by = Value::scalar(out.dtype, alpha);
+        out = arith::combine(out, by, "Mul")?;
     }
     if let Some(c) = call.opt(2) {
         let c = if beta == 1.0 { c.clone() } else { arith::binary(c, &Value::scalar(c.dtype, beta), "Mul")? };
         let dims = out.dims.clone();
-        out = arith::binary(&out, &c, "Add")?;
+        out = arith::combine(out, c.clone(), "Add")?;
         if out.dims != dims {
             return Err(format!("C of shape {:?} does not fit {dims:?}", c.dims));
         }

@@ -10,6 +10,7 @@ mod contrib;
 mod flow;
 mod layout;
 mod linear;
+mod math;
 mod quant;
 mod reduce;
 mod resize;

@@ -64,18 +64,10 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         })(),
         op @ ("QLinearSigmoid" | "QLinearLeakyRelu") => (|| {
             let x = side(call, 0, -1)?;
-            let alpha = if op == "QLinearSigmoid" { 0.0 } else { call.float("alpha", 0.01)? };
-            let sigmoid = arith::Real {
-                f32: |x, _| 1.0 / (1.0 + (-x).exp()),
-                f64: |x, _| 1.0 / (1.0 + (-x).exp()),
-                args: [0., 0.],
+            let out = match op {
+                "QLinearSigmoid" => arith::sigmoid(x)?,
+                _ => arith::leaky(x, call.float("alpha", 0.01)?)?,
             };
-            let leaky = arith::Real {
-                f32: |x, a| if x < 0.0 { a[0] * x } else { x },
-                f64: |x, a| if x < 0.0 { a[0] * x } else { x },
-                args: [alpha, 0.],
-            };
-            let out = arith::map(x, if op == "QLinearSigmoid" { sigmoid } else { leaky })?;
             quantize(call, &out, call.input(3)?, call.opt(4), -1, None)
         })(),
         "QLinearReduceMean" | "QLinearGlobalAveragePool" => (|| {
@@ -176,8 +168,7 @@ fn quantize(
     }
     let scale = arith::cast(scale, v.dtype)?;
     let steps = arith::cast(arith::binary(v, &scale, "Div")?, DType::F64)?;
-    let round = arith::Real { f32: |x, _| x, f64: |x, _| x.round_ties_even(), args: [0., 0.] };
-    let whole = if call.ideal { steps } else { arith::map(steps, round)? };
+    let whole = if call.ideal { steps } else { arith::map(steps, f32::round_ties_even, f64::round_ties_even)? };
     let whole = match zero {
         Some(z) => arith::binary(&whole, &arith::cast(along(z, v, axis)?, DType::F64)?, "Add")?,
         None => whole,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::value::{Data, Res, Value, count, is_float};
-use super::{Call, arith, one};
+use super::{Call, arith, math, one};
 use crate::graph::DType;
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
@@ -46,7 +46,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let eps = call.float("epsilon", 1e-5)?;
             let [n, c, ..] = v.dims[..] else { return Err(format!("needs channels, found {:?}", v.dims)) };
             let flat = v.clone().with_dims(vec![n, c, v.dims[2..].iter().product()])?;
-            let normed = norm_last(&flat, eps, true)?.0.with_dims(v.dims.clone())?;
+            let normed = norm_last(flat, eps, true)?.0.with_dims(v.dims.clone())?;
             per_channel(&normed, call.input(1)?, call.input(2)?)
         })(),
         "GroupNormalization" => (|| {
@@ -58,7 +58,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
                 return Err(format!("{groups} groups of {c} channels at opset {}", call.opset));
             }
             let flat = v.clone().with_dims(vec![n, groups, v.len() / n.max(1) / groups])?;
-            let normed = norm_last(&flat, eps, true)?.0.with_dims(v.dims.clone())?;
+            let normed = norm_last(flat, eps, true)?.0.with_dims(v.dims.clone())?;
             per_channel(&normed, call.input(1)?, call.input(2)?)
         })(),
         "ArgMax" | "ArgMin" => arg_max(call),
@@ -137,6 +137,10 @@ pub(super) fn reduce(v: &Value, axes: &[usize], kind: &str, keep: bool) -> Res<V
         _ => return Err(format!("there is no rule for Reduce{kind}")),
     };
     let out: Vec<f64> = match &m.data {
+        Data::F32(x) if matches!(kind, "Sum" | "Mean") => {
+            let by = if kind == "Mean" { n as f64 } else { 1.0 };
+            by_row(x, m.dims[0], n, |row| math::wide(|| math::sum(row, |x| x)) / by)
+        }
         Data::F32(x) => by_row(x, m.dims[0], n, |r| f(&mut r.iter().map(|&x| x as f64), n as f64)),
         Data::F64(x) => by_row(x, m.dims[0], n, |r| f(&mut r.iter().copied(), n as f64)),
         _ => return Err(format!("needs numbers, found {:?}", v.dtype)),
@@ -166,30 +170,19 @@ pub(super) fn over_last(v: &Value, axis: usize, f: impl FnOnce(Value) -> Res<Val
 pub(super) fn softmax(v: Value, log: bool) -> Res<Value> {
     let n = v.dims.last().copied().unwrap_or(1).max(1);
     let Value { dtype, dims, data } = v;
-    macro_rules! rows {
-        ($x:ident, $t:ty) => {
-            Arc::make_mut(&mut $x).par_chunks_mut(n).with_min_len(8).for_each(|row| {
-                let top = row.iter().copied().fold(<$t>::NEG_INFINITY, <$t>::max);
-                let mut sum = 0f64;
-                for x in row.iter_mut() {
-                    let e = (*x - top).exp();
-                    sum += e as f64;
-                    *x = if log { *x - top } else { e };
-                }
-                let (by, minus) = ((1.0 / sum) as $t, sum.ln() as $t);
-                for x in row.iter_mut() {
-                    *x = if log { *x - minus } else { *x * by };
-                }
-            })
-        };
-    }
     let data = match data {
         Data::F32(mut x) => {
-            rows!(x, f32);
+            let rows = Arc::make_mut(&mut x).par_chunks_mut(n).with_min_len(8);
+            rows.for_each(|row| math::wide(|| softmax_row(row, log)));
             Data::F32(x)
         }
         Data::F64(mut x) => {
-            rows!(x, f64);
+            Arc::make_mut(&mut x).par_chunks_mut(n).with_min_len(8).for_each(|row| {
+                let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = row.iter().map(|x| (x - top).exp()).sum();
+                let shift = top + sum.ln();
+                row.iter_mut().for_each(|x| *x = if log { *x - shift } else { (*x - top).exp() / sum });
+            });
             Data::F64(x)
         }
         _ => return Err(format!("needs floats, found {dtype:?}")),
@@ -197,66 +190,64 @@ pub(super) fn softmax(v: Value, log: bool) -> Res<Value> {
     Ok(Value { dtype, dims, data }.rounded())
 }
 
+/// Softmax of one row.
+#[inline(always)]
+fn softmax_row(row: &mut [f32], log: bool) {
+    let top = f64::from(math::max(row));
+    if log {
+        let shift = top + math::sum(row, |x| math::exp(x - top)).ln();
+        row.iter_mut().for_each(|x| *x = (f64::from(*x) - shift) as f32);
+        return;
+    }
+    row.iter_mut().for_each(|x| *x = math::exp(f64::from(*x) - top) as f32);
+    let by = (1.0 / math::sum(row, |x| x)) as f32;
+    row.iter_mut().for_each(|x| *x *= by);
+}
+
 /// The rows of a value over its last axis brought to mean 0 (where `centred`) and mean square 1; also 1/σ and the mean.
-pub(super) fn norm_last(v: &Value, eps: f64, centred: bool) -> Res<(Value, Vec<f64>, Vec<f64>)> {
+pub(super) fn norm_last(v: Value, eps: f64, centred: bool) -> Res<(Value, Vec<f64>, Vec<f64>)> {
     let n = v.dims.last().copied().ok_or("needs an axis")?;
-    let rows = v
-        .len()
-        .checked_div(n)
-        .filter(|&rows| rows > 0)
-        .ok_or_else(|| format!("has nothing to norm in {:?}", v.dims))?;
-    let stats = |row: &mut dyn Iterator<Item = f64>| {
-        let (mut sum, mut square) = (0.0, 0.0);
-        // shifted by the first element, so that a large mean does not swallow the variance
-        let mut shift = None;
-        for x in row {
-            let d = x - *shift.get_or_insert(if centred { x } else { 0.0 });
-            sum += d;
-            square += d * d;
-        }
-        let k = n as f64;
-        let mean = if centred { sum / k } else { 0.0 };
-        let var = if centred { (square - sum * mean).max(0.0) / k } else { square / k };
-        (mean + shift.unwrap_or(0.0) * f64::from(u8::from(centred)), 1.0 / (var + eps).sqrt())
-    };
-    let all: Vec<(f64, f64)> = match &v.data {
-        Data::F32(x) => {
-            x.par_chunks(n.max(1)).with_min_len(16).map(|r| stats(&mut r.iter().map(|&x| x as f64))).collect()
-        }
-        Data::F64(x) => x.par_chunks(n.max(1)).with_min_len(16).map(|r| stats(&mut r.iter().copied())).collect(),
-        _ => return Err(format!("needs floats, found {:?}", v.dtype)),
-    };
-    if all.len() != rows {
+    if v.is_empty() {
         return Err(format!("has nothing to norm in {:?}", v.dims));
     }
-    let data = match &v.data {
+    let Value { dtype, dims, mut data } = v;
+    // the mean first, so that a large one does not swallow the variance
+    let stats = |sum: f64, squares: &dyn Fn(f64) -> f64| {
+        let mean = if centred { sum / n as f64 } else { 0.0 };
+        (1.0 / (squares(mean) / n as f64 + eps).sqrt(), mean)
+    };
+    let (inverse, means) = match &mut data {
         Data::F32(x) => {
-            let mut out = x.to_vec();
-            out.par_chunks_mut(n).zip(&all).for_each(|(r, &(m, s))| {
-                for x in r {
-                    *x = ((*x as f64 - m) * s) as f32;
-                }
-            });
-            Data::F32(Arc::new(out))
+            let rows = Arc::make_mut(x).par_chunks_mut(n).with_min_len(4);
+            rows.map(|row| {
+                math::wide(|| {
+                    let (inverse, mean) =
+                        stats(math::sum(row, |x| x), &|mean| math::sum(row, |x| (x - mean) * (x - mean)));
+                    row.iter_mut().for_each(|x| *x = ((f64::from(*x) - mean) * inverse) as f32);
+                    (inverse, mean)
+                })
+            })
+            .unzip()
         }
         Data::F64(x) => {
-            let mut out = x.to_vec();
-            out.par_chunks_mut(n).zip(&all).for_each(|(r, &(m, s))| r.iter_mut().for_each(|x| *x = (*x - m) * s));
-            Data::F64(Arc::new(out))
+            let rows = Arc::make_mut(x).par_chunks_mut(n).with_min_len(4);
+            rows.map(|row| {
+                let squares = |mean: f64| row.iter().map(|x| (x - mean) * (x - mean)).sum();
+                let (inverse, mean) = stats(row.iter().sum(), &squares);
+                row.iter_mut().for_each(|x| *x = (*x - mean) * inverse);
+                (inverse, mean)
+            })
+            .unzip()
         }
-        _ => return Err("needs floats".into()),
+        _ => return Err(format!("needs floats, found {dtype:?}")),
     };
-    let (means, inverse) = all.into_iter().unzip();
-    Ok((Value { dtype: v.dtype, dims: v.dims.clone(), data }, inverse, means))
+    Ok((Value { dtype, dims, data }, inverse, means))
 }
 
 /// Scale and bias of a norm must be one-way broadcastable to what is normed.
-fn affine(v: &Value, scale: &Value, bias: Option<&Value>) -> Res<Value> {
+fn affine(v: Value, scale: &Value, bias: Option<&Value>) -> Res<Value> {
     let v_dims = v.dims.clone();
-    let mut out = arith::binary(v, scale, "Mul")?;
-    if let Some(b) = bias {
-        out = arith::binary(&out, b, "Add")?;
-    }
+    let out = plus(arith::combine(v, scale.clone(), "Mul")?, bias)?;
     if out.dims != v_dims {
         return Err(format!("scale of shape {:?} does not fit {v_dims:?}", scale.dims));
     }
@@ -264,30 +255,32 @@ fn affine(v: &Value, scale: &Value, bias: Option<&Value>) -> Res<Value> {
 }
 
 fn layer_norm(call: &mut Call<'_>) -> Res<Vec<Value>> {
-    let v = call.input(0)?;
+    let v = call.take(0)?;
     let axis = v.axis(call.int("axis", -1)?)?;
     let eps = call.float("epsilon", 1e-5)?;
     if eps < 0.0 {
         return Err(format!("epsilon is {eps}"));
     }
-    let (rows, n) = (count(&v.dims[..axis])?, count(&v.dims[axis..])?);
+    let dims = v.dims.clone();
+    let (rows, n) = (count(&dims[..axis])?, count(&dims[axis..])?);
     let scale = call.input(1)?;
     if scale.len() != n || call.opt(2).is_some_and(|b| b.len() != n) {
-        return Err(format!("scale of shape {:?} over the axes {:?}", scale.dims, &v.dims[axis..]));
+        return Err(format!("scale of shape {:?} over the axes {:?}", scale.dims, &dims[axis..]));
     }
-    let (normed, inverse, means) = norm_last(&v.clone().with_dims(vec![rows, n])?, eps, true)?;
-    let out = affine(&normed.with_dims(v.dims.clone())?, scale, call.opt(2))?;
-    let stat: Vec<usize> = v.dims.iter().enumerate().map(|(i, &d)| if i < axis { d } else { 1 }).collect();
+    let (normed, inverse, means) = norm_last(v.with_dims(vec![rows, n])?, eps, true)?;
+    let out = affine(normed.with_dims(dims.clone())?, scale, call.opt(2))?;
+    let stat: Vec<usize> = dims.iter().enumerate().map(|(i, &d)| if i < axis { d } else { 1 }).collect();
     Ok(vec![out, Value::reals(DType::F32, stat.clone(), means), Value::reals(DType::F32, stat, inverse)])
 }
 
 fn rms_norm(call: &mut Call<'_>) -> Res<Value> {
-    let v = call.input(0)?;
+    let v = call.take(0)?;
     let axis = v.axis(call.int("axis", -1)?)?;
     let eps = call.float("epsilon", 1e-5)?;
-    let (rows, n) = (count(&v.dims[..axis])?, count(&v.dims[axis..])?);
-    let normed = norm_last(&v.clone().with_dims(vec![rows, n])?, eps, false)?.0;
-    affine(&normed.with_dims(v.dims.clone())?, call.input(1)?, None)
+    let dims = v.dims.clone();
+    let (rows, n) = (count(&dims[..axis])?, count(&dims[axis..])?);
+    let normed = norm_last(v.with_dims(vec![rows, n])?, eps, false)?.0;
+    affine(normed.with_dims(dims)?, call.input(1)?, None)
 }
 
 /// `x · scale + bias`, each with one value per channel (axis 1).
@@ -295,7 +288,7 @@ fn per_channel(v: &Value, scale: &Value, bias: &Value) -> Res<Value> {
     let mut dims = vec![1; v.rank()];
     dims[1] = v.dims[1];
     let scaled = arith::binary(v, &scale.clone().with_dims(dims.clone())?, "Mul")?;
-    arith::binary(&scaled, &bias.clone().with_dims(dims)?, "Add")
+    arith::combine(scaled, bias.clone().with_dims(dims)?, "Add")
 }
 
 fn batch_norm(call: &mut Call<'_>) -> Res<Value> {
@@ -406,7 +399,7 @@ fn cum_sum(call: &mut Call<'_>) -> Res<Value> {
 /// `a + b` where `b` may be absent.
 pub(super) fn plus(a: Value, b: Option<&Value>) -> Res<Value> {
     match b {
-        Some(b) => arith::binary(&a, b, "Add"),
+        Some(b) => arith::combine(a, b.clone(), "Add"),
         None => Ok(a),
     }
 }

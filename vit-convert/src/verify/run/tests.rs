@@ -45,6 +45,24 @@ fn broadcasting_follows_numpy() {
 }
 
 #[test]
+fn an_operand_that_nobody_else_holds_becomes_the_result() {
+    let place = |v: &Value| if let Data::F32(x) = &v.data { x.as_ptr() } else { panic!("{v:?}") };
+    let all = || f(&[2, 3], &[0., 1., 2., 10., 11., 12.]);
+    let (row, column, one) = (f(&[3], &[3., 4., 5.]), f(&[2, 1], &[7., 8.]), f(&[], &[9.]));
+    for other in [row, column, one, all()] {
+        let fits = other.rank() == 2 && other.len() == 6;
+        let (a, b) = (all(), all());
+        let (before, after) = (arith::binary(&a, &other, "Sub").unwrap(), arith::binary(&other, &b, "Sub").unwrap());
+        let places = [place(&a), place(&b)];
+        let reused = [arith::combine(a, other.clone(), "Sub").unwrap(), arith::combine(other, b, "Sub").unwrap()];
+        assert_eq!((floats(&reused[0]), floats(&reused[1])), (floats(&before), floats(&after)));
+        // of two that fit it is the first
+        assert!(places[0] == place(&reused[0]) && (places[1] == place(&reused[1]) || fits));
+        assert_eq!([&reused[0].dims, &reused[1].dims], [&before.dims, &after.dims]);
+    }
+}
+
+#[test]
 fn operands_of_two_types_are_refused_by_name() {
     let err = node("Add", 17, &[], &[f(&[1], &[1.]), Value::ints(vec![1])], 1).unwrap_err().to_string();
     assert!(err.contains("node `n` (Add)") && err.contains("F32") && err.contains("I64"), "{err}");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::math;
 use crate::graph::{DType, Tensor};
 
 /// Why a node cannot run: what it needs and what it has. The runner adds the node's name.
@@ -12,6 +13,9 @@ pub(super) type Res<T> = Result<T, String>;
 
 /// Elements that one value may have: 2²⁸, a gigabyte of f32.
 pub const MAX_ELEMENTS: usize = 1 << 28;
+
+/// Elements of a constant that a thread reads at once.
+const READ_AT_ONCE: usize = 1 << 18;
 
 /// A tensor (or a sequence of them) with its ONNX type.
 #[derive(Clone, Debug)]
@@ -92,6 +96,14 @@ impl Value {
     /// A constant of the file.
     pub fn read(tensor: &Tensor) -> Res<Self> {
         let n = count(&tensor.dims)?;
+        if cfg!(target_endian = "little") && tensor.dtype == DType::F32 && tensor.data.len() == n * size_of::<f32>() {
+            // what a model's weights are: read in place
+            let mut data = vec![0f32; n];
+            data.par_chunks_mut(READ_AT_ONCE).enumerate().for_each(|(i, part)| {
+                tensor.data.copy(i * READ_AT_ONCE * size_of::<f32>(), bytemuck::cast_slice_mut(part));
+            });
+            return Ok(Self::f32(tensor.dims.clone(), data));
+        }
         tensor.data.look(0..tensor.data.len(), |bytes| Self::decode(tensor, bytes, n))
     }
 
@@ -421,6 +433,69 @@ pub fn broadcast_strides(from: &[usize], to: &[usize]) -> Res<Vec<isize>> {
     Ok(out)
 }
 
+/// How two operands are walked together: runs of elements, and where each begins in both.
+struct Walk {
+    /// Size, and steps in both operands; the last is the run.
+    axes: Vec<(usize, isize, isize)>,
+    run: (usize, isize, isize),
+}
+
+/// Elements that a thread takes at once.
+const AT_ONCE: usize = 1 << 13;
+
+impl Walk {
+    /// Over the shape that both broadcast to.
+    fn new(a: &[usize], b: &[usize], dims: &[usize]) -> Res<Self> {
+        // neighbouring axes that both operands walk alike are one, so that runs are long
+        let mut axes: Vec<(usize, isize, isize)> = Vec::new();
+        for ((&d, x), y) in dims.iter().zip(broadcast_strides(a, dims)?).zip(broadcast_strides(b, dims)?) {
+            if d == 1 {
+                continue;
+            }
+            match axes.last_mut() {
+                Some((n, lx, ly)) if *lx == x * d as isize && *ly == y * d as isize => (*n, *lx, *ly) = (*n * d, x, y),
+                _ => axes.push((d, x, y)),
+            }
+        }
+        let run = axes.pop().unwrap_or((1, 0, 0));
+        Ok(Self { axes, run })
+    }
+
+    /// Where a run begins.
+    #[inline(always)]
+    fn at(&self, mut row: usize) -> (usize, usize) {
+        let (mut x, mut y) = (0, 0);
+        for &(d, sx, sy) in self.axes.iter().rev() {
+            x += (row % d) as isize * sx;
+            y += (row % d) as isize * sy;
+            row /= d;
+        }
+        (x as usize, y as usize)
+    }
+
+    /// `fill(run of the result, its places in the operands)` for all of it, on every thread; which one does not show.
+    fn each<C: Send>(&self, out: &mut [C], fill: impl Fn(&mut [C], usize, usize) + Sync) {
+        let (n, ix, iy) = self.run;
+        if out.is_empty() {
+            return;
+        }
+        let rows = if self.axes.is_empty() { 0 } else { AT_ONCE.div_ceil(n) };
+        out.par_chunks_mut(if rows == 0 { AT_ONCE } else { n * rows }).enumerate().for_each(|(c, out)| {
+            math::wide(|| {
+                // a lone run is cut where threads change
+                let parts = out.chunks_mut(if rows == 0 { AT_ONCE } else { n });
+                for (r, part) in parts.enumerate() {
+                    let (x, y) = match rows {
+                        0 => (c * AT_ONCE * ix as usize, c * AT_ONCE * iy as usize),
+                        _ => self.at(c * rows + r),
+                    };
+                    fill(part, x, y);
+                }
+            });
+        });
+    }
+}
+
 /// `f(a, b)` for every element of two values of one storage, broadcast; parallel, and the same for any thread count.
 pub fn zip<A, B, C>(a: (&[A], &[usize]), b: (&[B], &[usize]), f: impl Fn(A, B) -> C + Sync) -> Res<(Vec<usize>, Vec<C>)>
 where
@@ -429,35 +504,10 @@ where
     C: Copy + Send + Default,
 {
     let dims = broadcast_dims(a.1, b.1)?;
-    let (sa, sb) = (broadcast_strides(a.1, &dims)?, broadcast_strides(b.1, &dims)?);
-    // merge neighbouring axes that both operands walk alike, so that the inner loop is long
-    let mut axes: Vec<(usize, isize, isize)> = Vec::new();
-    for ((&d, &x), &y) in dims.iter().zip(&sa).zip(&sb) {
-        if d == 1 {
-            continue;
-        }
-        match axes.last_mut() {
-            Some((n, lx, ly)) if *lx == x * d as isize && *ly == y * d as isize => {
-                (*n, *lx, *ly) = (*n * d, x, y);
-            }
-            _ => axes.push((d, x, y)),
-        }
-    }
+    let walk = Walk::new(a.1, b.1, &dims)?;
+    let (_, ix, iy) = walk.run;
     let mut out = vec![C::default(); dims.iter().product()];
-    if out.is_empty() {
-        return Ok((dims, out));
-    }
-    let (inner, ix, iy) = axes.pop().unwrap_or((1, 0, 0));
-    let at = |mut row: usize| {
-        let (mut x, mut y) = (0, 0);
-        for &(d, sx, sy) in axes.iter().rev() {
-            x += (row % d) as isize * sx;
-            y += (row % d) as isize * sy;
-            row /= d;
-        }
-        (x as usize, y as usize)
-    };
-    let fill = |out: &mut [C], x: usize, y: usize| {
+    walk.each(&mut out, |out, x, y| {
         let n = out.len();
         match (ix, iy) {
             (1, 1) => out.iter_mut().zip(&a.0[x..x + n]).zip(&b.0[y..y + n]).for_each(|((o, &p), &q)| *o = f(p, q)),
@@ -469,18 +519,44 @@ where
                     .for_each(|(i, o)| *o = f(a.0[x + i * ix as usize], b.0[y + i * iy as usize]));
             }
         }
-    };
-    if axes.is_empty() {
-        let step = 1 << 14;
-        out.par_chunks_mut(step).enumerate().for_each(|(c, o)| fill(o, c * step * ix as usize, c * step * iy as usize));
-    } else {
-        let rows = (1usize << 14).div_ceil(inner);
-        out.par_chunks_mut(inner * rows).enumerate().for_each(|(c, o)| {
-            for (r, o) in o.chunks_mut(inner).enumerate() {
-                let (x, y) = at(c * rows + r);
-                fill(o, x, y);
-            }
-        });
-    }
+    });
     Ok((dims, out))
+}
+
+/// As [`zip`], where the result may take the memory of an operand of its shape that nobody else holds.
+pub fn zip_into<T: Copy + Send + Sync + Default>(
+    mut a: (Arc<Vec<T>>, &[usize]),
+    mut b: (Arc<Vec<T>>, &[usize]),
+    f: impl Fn(T, T) -> T + Sync,
+) -> Res<(Vec<usize>, Arc<Vec<T>>)> {
+    /// `out = f(out, b)`, `out` having the shape of the result.
+    fn onto<T: Copy + Send + Sync>(
+        (out, dims): (&mut [T], &[usize]),
+        (b, b_dims): (&[T], &[usize]),
+        f: impl Fn(T, T) -> T + Sync,
+    ) -> Res<()> {
+        let walk = Walk::new(dims, b_dims, dims)?;
+        let (_, _, step) = walk.run;
+        walk.each(out, |out, _, y| match step {
+            1 => out.iter_mut().zip(&b[y..]).for_each(|(o, &q)| *o = f(*o, q)),
+            0 => out.iter_mut().for_each(|o| *o = f(*o, b[y])),
+            _ => out.iter_mut().zip(b[y..].iter().step_by(step as usize)).for_each(|(o, &q)| *o = f(*o, q)),
+        });
+        Ok(())
+    }
+    let dims = broadcast_dims(a.1, b.1)?;
+    if a.1 == dims
+        && let Some(out) = Arc::get_mut(&mut a.0)
+    {
+        onto((out, &dims), (&b.0, b.1), f)?;
+        return Ok((dims, a.0));
+    }
+    if b.1 == dims
+        && let Some(out) = Arc::get_mut(&mut b.0)
+    {
+        onto((out, &dims), (&a.0, a.1), |y, x| f(x, y))?;
+        return Ok((dims, b.0));
+    }
+    let (dims, out) = zip((&a.0, a.1), (&b.0, b.1), f)?;
+    Ok((dims, out.into()))
 }
