@@ -194,6 +194,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     const BLOCKING: Blocking = Blocking::Rows { bytes: 1300 << 10, least: 208, most: 800 };
     const QUERIES: usize = 2 * TILE;
     const FOLLOWS: bool = true;
+    const HALVES: bool = !SPLIT;
 
     fn simd(self) -> Dot {
         self.avx512

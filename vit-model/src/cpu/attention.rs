@@ -6,15 +6,15 @@ use std::ops::Range;
 
 use super::linear::Multiply;
 use super::norm::Norm;
-use super::pack::{Acts, ActsRow, Product, Rows};
+use super::pack::{Acts, ActsRow, Halves, Product, Rows};
 use super::simd::{Op, Simd, exp2};
 
 /// The attentions of one layer.
 pub(crate) struct Job<'a> {
     /// Queries, keys and values, each with the column of its first head.
-    pub(crate) q: (Rows, usize),
-    pub(crate) k: (Rows, usize),
-    pub(crate) v: (Rows, usize),
+    pub(crate) q: (From, usize),
+    pub(crate) k: (From, usize),
+    pub(crate) v: (From, usize),
     pub(crate) images: usize,
     /// Queries of an image; with one alone, all images share it.
     pub(crate) queries: usize,
@@ -26,6 +26,13 @@ pub(crate) struct Job<'a> {
     /// Norms on q and k.
     pub(crate) norms: Option<(&'a Norm, &'a Norm)>,
     pub(crate) to: To,
+}
+
+/// Where queries, keys and values are.
+#[derive(Clone, Copy)]
+pub(crate) enum From {
+    Rows(Rows),
+    Halves(Halves),
 }
 
 /// Where attention goes.
@@ -66,7 +73,7 @@ struct Scratch {
     weights_low: usize,
     /// The result, `[panel of columns][query][column]`.
     sums: usize,
-    /// A panel of keys, or one query, in f32.
+    /// A panel of keys, a chunk of values, or one query, in f32.
     rows: usize,
     end: usize,
 }
@@ -94,7 +101,7 @@ impl Scratch {
             weights: take(weights_low * elements.planes()),
             weights_low,
             sums: take(dim_panels * queries * shape.cols * 4),
-            rows: take(shape.cols * dim_chunks * elements.chunk() * 4),
+            rows: take(shape.cols.max(elements.chunk()) * dim.next_multiple_of(64) * 4),
             end: 0,
         };
         Self { end, ..this }
@@ -131,7 +138,7 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
         // writes this head's columns of these queries
         unsafe {
             head.pack_keys(s);
-            head.pack_values();
+            head.pack_values(s);
             let (mut first, end) = (part(split), part(split + 1));
             while first < end {
                 head.attend(s, first..end.min(first + M::QUERIES));
@@ -164,21 +171,38 @@ impl<M: Multiply> Head<'_, M> {
         (self.job.dim.div_ceil(chunk), self.job.keys().div_ceil(chunk))
     }
 
-    /// `norm(row)`, with zeros up to whole chunks.
+    /// Values of a row in f32: room for whole chunks and whole panels.
+    fn width(&self) -> usize {
+        self.job.dim.next_multiple_of(64)
+    }
+
+    /// `norm(row)` of this head, with zeros up to the next row.
     #[inline(always)]
-    unsafe fn row(&self, s: M::S, norm: Option<&Norm>, from: *const f32, to: *mut f32) {
-        let dim = self.job.dim;
-        // SAFETY: the caller's; both norms and rows end in whole vectors of zeros or of other heads, which are cleared
+    unsafe fn row(&self, s: M::S, norm: Option<&Norm>, (from, first): (From, usize), row: usize, to: *mut f32) {
+        let (dim, first) = (self.job.dim, first + self.head * self.job.dim);
+        // SAFETY: the caller's; rows end in whole vectors of padding or of other heads, which are cleared
         unsafe {
-            match norm {
-                Some(norm) => norm.apply(s, from, |column, x| s.store(to.add(column), x)),
-                None => {
+            match (from, norm) {
+                (From::Rows(rows), Some(norm)) => {
+                    norm.apply(s, rows.row(row).add(first), |column, x| s.store(to.add(column), x));
+                }
+                (From::Rows(rows), None) => {
+                    let from = rows.row(row).add(first);
                     for column in (0..dim).step_by(M::S::LANES) {
                         s.store(to.add(column), s.load(from.add(column)));
                     }
                 }
+                (From::Halves(halves), norm) => {
+                    let from = halves.row(row).add(first);
+                    for column in (0..dim).step_by(M::S::LANES) {
+                        s.store(to.add(column), s.load_bf16(from.add(column)));
+                    }
+                    if let Some(norm) = norm {
+                        norm.apply(s, to, |column, x| s.store(to.add(column), x));
+                    }
+                }
             }
-            for column in dim..dim.next_multiple_of(M::SHAPE.elements.chunk()) {
+            for column in dim..self.width() {
                 *to.add(column) = 0.0;
             }
         }
@@ -187,8 +211,7 @@ impl<M: Multiply> Head<'_, M> {
     /// Kᵀ in panels of keys.
     #[inline(always)]
     unsafe fn pack_keys(&self, s: M::S) {
-        let (job, cols, (chunks, _)) = (self.job, M::SHAPE.cols, self.chunks());
-        let width = chunks * M::SHAPE.elements.chunk();
+        let (job, cols, width, (chunks, _)) = (self.job, M::SHAPE.cols, self.width(), self.chunks());
         // SAFETY: the caller's
         unsafe {
             let rows = self.scratch.add(self.at.rows).cast::<f32>();
@@ -197,8 +220,7 @@ impl<M: Multiply> Head<'_, M> {
                     let to = rows.add(i * width);
                     if first + i < job.keys() {
                         let key = self.image * job.tokens + job.first_key + first + i;
-                        let from = job.k.0.row(key).add(job.k.1 + self.head * job.dim);
-                        self.row(s, job.norms.map(|(_, k)| k), from, to);
+                        self.row(s, job.norms.map(|(_, k)| k), job.k, key, to);
                     } else {
                         to.write_bytes(0, width);
                     }
@@ -211,17 +233,21 @@ impl<M: Multiply> Head<'_, M> {
 
     /// V in panels of its columns.
     #[inline(always)]
-    unsafe fn pack_values(&self) {
-        let (job, shape, (_, chunks)) = (self.job, M::SHAPE, self.chunks());
+    unsafe fn pack_values(&self, s: M::S) {
+        let (job, shape, width, (_, chunks)) = (self.job, M::SHAPE, self.width(), self.chunks());
         let chunk = shape.elements.chunk();
-        for panel in 0..job.dim.div_ceil(shape.cols) {
+        // SAFETY: the caller's
+        unsafe {
+            let rows = self.scratch.add(self.at.rows).cast::<f32>();
             for i in 0..chunks {
-                let row = self.image * job.tokens + job.first_key + i * chunk;
-                // SAFETY: the caller's; a row has room for a panel's width more than it holds
-                unsafe {
+                let count = chunk.min(job.keys() - i * chunk);
+                for row in 0..count {
+                    let key = self.image * job.tokens + job.first_key + i * chunk + row;
+                    self.row(s, None, job.v, key, rows.add(row * width));
+                }
+                for panel in 0..job.dim.div_ceil(shape.cols) {
                     let to = self.scratch.add(self.at.values + panel * Self::panel(chunks) + i * Self::panel(1));
-                    let from = job.v.0.row(row).wrapping_add(job.v.1 + self.head * job.dim + panel * shape.cols);
-                    self.multiply.pack_rows(from, job.v.0.stride, chunk.min(job.keys() - i * chunk), to);
+                    self.multiply.pack_rows(rows.add(panel * shape.cols), width, count, to);
                 }
             }
         }
@@ -243,8 +269,7 @@ impl<M: Multiply> Head<'_, M> {
             };
             for i in 0..rows {
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
-                let from = job.q.0.row(query).add(job.q.1 + self.head * job.dim);
-                self.row(s, job.norms.map(|(q, _)| q), from, row);
+                self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
                 let to = tiles(q, dim_chunks, at.queries_low, i);
                 for column in (0..dim_chunks * shape.elements.chunk()).step_by(2 * M::S::LANES) {
                     if column + M::S::LANES < dim_chunks * shape.elements.chunk() {

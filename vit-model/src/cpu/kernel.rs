@@ -14,6 +14,8 @@ pub(crate) trait Kernel: Send + Sync {
     fn linear_scratch(&self) -> usize;
     /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
+    /// Whether attention rounds what it reads to bf16.
+    fn halves(&self) -> bool;
     /// Prepares a thread for a pass; the answer undoes it when dropped.
     fn enter(&self) -> Option<Entered>;
     /// Independent parts of a linear job.
@@ -45,6 +47,10 @@ impl<M: Multiply> Kernel for M {
 
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize {
         attention::scratch_bytes::<M::Attention>(keys, dim)
+    }
+
+    fn halves(&self) -> bool {
+        M::Attention::HALVES
     }
 
     fn enter(&self) -> Option<Entered> {

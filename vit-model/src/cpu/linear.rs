@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::kernel::Entered;
-use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape, pack_panel};
+use super::pack::{Acts, CHUNK_BYTES, Elements, Halves, Linear, Product, Rows, Shape, pack_panel};
 use super::simd::{Op, Simd, gelu_tanh, quick_gelu, relu, silu};
 use crate::Activation;
 
@@ -21,6 +21,8 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
     /// Queries that attention takes at once.
     const QUERIES: usize;
+    /// Whether attention rounds what it reads to bf16, so that it may be written so.
+    const HALVES: bool = false;
     /// Whether the product calls what follows it, between its own steps: where it runs in a unit of its own, the vector
     /// unit would otherwise wait meanwhile.
     const FOLLOWS: bool = false;
@@ -163,6 +165,8 @@ pub(crate) enum Add {
 pub(crate) enum To {
     /// To f32 rows.
     Rows(Rows, Add),
+    /// To rows of bf16, for attention.
+    Halves(Halves),
     /// To tiles, for the next product.
     Acts(Acts),
 }
@@ -404,6 +408,12 @@ impl<M: Multiply> Finish<'_, M> {
                             for j in (0..width).step_by(M::S::LANES) {
                                 to.put(s, first + j, self.value::<A>(s, i, j));
                             }
+                        }
+                    }
+                    To::Halves(halves) => {
+                        let to = halves.row(row + i).add(first);
+                        for j in (0..width).step_by(M::S::LANES) {
+                            s.store_bf16(to.add(j), self.value::<A>(s, i, j));
                         }
                     }
                     To::Rows(rows, add) => {

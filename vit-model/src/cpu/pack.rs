@@ -297,6 +297,32 @@ impl Rows {
     }
 }
 
+/// Rows of bf16, one after the other, each with room for whole panels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Halves {
+    start: *mut u16,
+    /// Values from a row to the next.
+    stride: usize,
+}
+
+// SAFETY: as for `Acts`
+unsafe impl Send for Halves {}
+// SAFETY: as for `Acts`
+unsafe impl Sync for Halves {}
+
+impl Halves {
+    /// A view of memory for [`Rows`] of as many columns.
+    pub(crate) fn new(start: *mut u8, columns: usize) -> Self {
+        Self { start: start.cast(), stride: columns.next_multiple_of(64) + 32 }
+    }
+
+    /// Where a row begins; valid while the memory is alive and the row is inside.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> *mut u16 {
+        self.start.wrapping_add(row * self.stride)
+    }
+}
+
 /// A linear layer, packed: `y = W x + b`.
 #[derive(Debug)]
 pub(crate) struct Linear {

@@ -5,7 +5,7 @@ use super::kernel::{CopyRows, Kernel, Patches};
 use super::linear::{self, Add, To};
 use super::net::{AttnPool, Block, Mlp, Net};
 use super::norm::{Norm, NormRows, NormTo};
-use super::pack::{Acts, Linear, Rows};
+use super::pack::{Acts, Halves, Linear, Rows};
 use super::threads::Worker;
 use super::{Answers, Engine, attention};
 use crate::{Activation, Config, Pool};
@@ -123,6 +123,8 @@ pub(super) struct Pass<'a> {
     x: Rows,
     a: Acts,
     qkv: Rows,
+    /// The same memory, in bf16.
+    qkv_halves: Halves,
     wide: Rows,
     h: Acts,
     pooled: Rows,
@@ -169,6 +171,7 @@ impl<'a> Pass<'a> {
             x: Rows::new(at(layout.x), dim),
             a: Acts::new(at(layout.a), shape, rows, dim),
             qkv: Rows::new(at(layout.qkv), 3 * dim),
+            qkv_halves: Halves::new(at(layout.qkv), 3 * dim),
             wide: Rows::new(at(layout.wide), if config.scale_mlp_norm { hidden.max(dim) } else { dim }),
             h: Acts::new(at(layout.h), shape, rows, hidden),
             pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
@@ -285,11 +288,17 @@ impl<'a> Pass<'a> {
     fn block(&self, worker: &Worker<'_>, block: &Block) {
         let (config, rows) = (self.config(), self.rows());
         self.norm(worker, &block.norm1, self.x, rows, NormTo::Acts(self.a));
-        self.linear(worker, &block.qkv, self.a, rows, None, To::Rows(self.qkv, Add::Nothing));
+        // a norm of queries and keys is to see them before they are rounded
+        let (to, from) = if self.kernel().halves() && block.qk_norm.is_none() {
+            (To::Halves(self.qkv_halves), attention::From::Halves(self.qkv_halves))
+        } else {
+            (To::Rows(self.qkv, Add::Nothing), attention::From::Rows(self.qkv))
+        };
+        self.linear(worker, &block.qkv, self.a, rows, None, to);
         let job = attention::Job {
-            q: (self.qkv, 0),
-            k: (self.qkv, config.embed_dim),
-            v: (self.qkv, 2 * config.embed_dim),
+            q: (from, 0),
+            k: (from, config.embed_dim),
+            v: (from, 2 * config.embed_dim),
             images: self.images,
             queries: config.num_tokens(),
             tokens: config.num_tokens(),
@@ -430,9 +439,9 @@ impl<'a> Pass<'a> {
         self.to_acts(worker, self.x, (1, 0), rows, dim, self.a);
         self.linear(worker, &pool.kv, self.a, rows, None, To::Rows(self.qkv, Add::Nothing));
         let job = attention::Job {
-            q: (pool.query.rows, 0),
-            k: (self.qkv, 0),
-            v: (self.qkv, dim),
+            q: (attention::From::Rows(pool.query.rows), 0),
+            k: (attention::From::Rows(self.qkv), 0),
+            v: (attention::From::Rows(self.qkv), dim),
             images: self.images,
             queries: 1,
             tokens: config.num_tokens(),
