@@ -55,10 +55,19 @@ use crate::{Config, Error, Result, Weights};
 /// Blocks that a streamed pass holds: threads share the layers of two more evenly than those of one.
 const BLOCKS_AT_ONCE: usize = 2;
 
+/// Multiplications for an image under which f32 takes less than a millisecond, and tiles would be filled up with zeros.
+const SMALL: usize = 100_000_000;
+
+/// Multiplications of the blocks' linear layers for an image.
+fn multiplications(config: &Config) -> usize {
+    let block = config.embed_dim.saturating_mul((4 * config.embed_dim).saturating_add(2 * config.mlp_hidden));
+    block.saturating_mul(config.depth).saturating_mul(config.num_tokens())
+}
+
 /// How exactly to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// The fastest that is as exact as f32 on this CPU.
+    /// The fastest that is as exact as f32 on this CPU; f32 itself where a model is so small that none is faster.
     #[default]
     Auto,
     /// IEEE single precision throughout.
@@ -218,7 +227,11 @@ impl Engine {
             Some(isa) => isa.check()?,
             None => Isa::choose()?,
         };
-        choose(isa, options.precision)
+        let precision = match options.precision {
+            Precision::Auto if multiplications(config) < SMALL => Precision::F32,
+            precision => precision,
+        };
+        choose(isa, precision)
     }
 
     fn with_kernel(

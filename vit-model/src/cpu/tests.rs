@@ -337,6 +337,24 @@ fn intermediates_are_the_blocks_tokens() {
 }
 
 #[test]
+fn auto_is_f32_for_a_small_model_and_the_kernel_s_best_for_a_large_one() {
+    let large = Config {
+        img_size: [224, 224],
+        patch_size: [16, 16],
+        embed_dim: 768,
+        num_heads: 12,
+        mlp_hidden: 3072,
+        depth: 12,
+        ..base()
+    };
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        let auto = |config| Engine::plan(config, &Options { isa: Some(isa), ..Options::default() }).unwrap().2;
+        assert_eq!(auto(&base()), Precision::F32);
+        assert_eq!(auto(&large), if isa == Isa::Amx { Precision::Bf16x3 } else { Precision::F32 });
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let config = base();
     let (_, mut weights) = model(&config);
