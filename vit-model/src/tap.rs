@@ -124,7 +124,7 @@ struct Maps(Vec<Tensor>);
 
 impl Tap for Maps {
     fn attention(&mut self, probabilities: &Tensor) -> CandleResult<()> {
-        self.0.push(probabilities.clone());
+        self.0.push(probabilities.contiguous()?);
         Ok(())
     }
 }

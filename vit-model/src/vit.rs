@@ -1,14 +1,15 @@
 //! The whole model, top to bottom: parts, blocks, `VisionTransformer`. No device in it: tensors live where the
 //! `VarBuilder` puts them.
 //!
-//! Shapes: `B` images of `C` channels, `N` tokens of width `D`, `H` heads of width `d = D / H`. Parameter names are
-//! timm's (`timm/models/vision_transformer.py`), so that its checkpoints load as they are.
+//! Shapes: `B` images of `C` channels, `N` tokens of width `D`, `H` heads of width `d = D / H`. Heads stand before images,
+//! so that tokens become heads and heads tokens by moving one dimension. Parameter names are timm's
+//! (`timm/models/vision_transformer.py`), so that its checkpoints load as they are.
 
 // a `VarBuilder` is a path that is handed down by value, as in all of candle
 #![allow(clippy::needless_pass_by_value)]
 
-use candle_core::{D, DType, IndexOp, Module, Result as CandleResult, Tensor};
-use candle_nn::{Init, Linear, VarBuilder, ops};
+use candle_core::{D, DType, IndexOp, Result as CandleResult, Tensor};
+use candle_nn::{Init, VarBuilder, ops};
 
 use crate::pos_embed::{self, Resample};
 use crate::tap::Tap;
@@ -18,6 +19,46 @@ use crate::{Activation, BlockKind, Config, Error, MlpKind, NormKind, Pool, Resul
 const WEIGHT: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 const TOKEN: Init = Init::Randn { mean: 0.0, stdev: 1e-6 };
 const LAYER_SCALE: Init = Init::Const(1e-5);
+
+/// `x Wᵀ + b`. Rows of tokens are one matrix all the way: the fewer dimensions, the cheaper candle's GPU kernels find the
+/// value that is added to an element.
+#[derive(Clone, Debug)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// `[…, K] → [rows, O]`, without the bias.
+    fn product(&self, x: &Tensor) -> CandleResult<Tensor> {
+        x.flatten_to(D::Minus2)?.matmul(&self.weight.t()?)
+    }
+
+    /// `[…, K] → […, O]`
+    fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
+        let y = self.product(x)?;
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        y.reshape([&x.dims()[..x.rank() - 1], &[self.weight.dim(0)?]].concat())
+    }
+
+    /// `[B, N, K] → [H, B, N, d]`, contiguous: the bias is added on the way from tokens to heads.
+    fn heads(&self, x: &Tensor, heads: usize) -> CandleResult<Tensor> {
+        let (b, n, _) = x.dims3()?;
+        let y = self.product(x)?.reshape((b * n, heads, ()))?.transpose(0, 1)?; // [H, B·N, d]
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.reshape((heads, 1, ()))?)?,
+            None => y.contiguous()?,
+        };
+        y.reshape((heads, b, n, ()))
+    }
+}
 
 fn linear(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> CandleResult<Linear> {
     let weight = vb.get_with_hints((out_dim, in_dim), "weight", WEIGHT)?;
@@ -87,7 +128,7 @@ impl LayerScale {
 
 fn scale_if_any(scale: Option<&LayerScale>, x: Tensor) -> CandleResult<Tensor> {
     match scale {
-        Some(scale) => x.broadcast_mul(&scale.gamma),
+        Some(scale) => x.flatten_to(D::Minus2)?.broadcast_mul(&scale.gamma)?.reshape(x.shape()),
         None => Ok(x),
     }
 }
@@ -135,23 +176,22 @@ impl PatchEmbed {
     }
 }
 
-/// `[B, N, H·d] → [B, H, N, d]`.
+/// `[B, N, H·d] → [H, B, N, d]`, contiguous.
 fn split_heads(x: &Tensor, heads: usize) -> CandleResult<Tensor> {
-    let (b, n, dim) = x.dims3()?;
-    x.reshape((b, n, heads, dim / heads))?.transpose(1, 2)
+    let (b, n, _) = x.dims3()?;
+    x.reshape((b * n, heads, ()))?.transpose(0, 1)?.contiguous()?.reshape((heads, b, n, ()))
 }
 
-/// `[B, H, N, d] → [B, N, H·d]`.
+/// `[H, B, N, d] → [B, N, H·d]`, contiguous.
 fn merge_heads(x: &Tensor) -> CandleResult<Tensor> {
-    let (b, h, n, d) = x.dims4()?;
-    x.transpose(1, 2)?.reshape((b, n, h * d))
+    let (h, b, n, d) = x.dims4()?;
+    x.reshape((h, b * n, d))?.transpose(0, 1)?.reshape((b, n, h * d))
 }
 
-/// `softmax(q kᵀ / √d)`: `[B, H, M, d]`, `[B, H, N, d]` → `[B, H, M, N]`.
+/// `softmax(q kᵀ / √d)`: `[H, B, M, d]`, `[H, B, N, d]` → `[H, B, M, N]`.
 fn attention_probabilities(q: &Tensor, k: &Tensor) -> CandleResult<Tensor> {
     let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
-    let q = (q.contiguous()? * scale)?;
-    softmax(&q.matmul(&k.contiguous()?.t()?)?)
+    softmax(&(q * scale)?.matmul(&k.t()?)?)
 }
 
 /// The norms on q and k, each over the width of a head.
@@ -209,14 +249,14 @@ impl Differential {
         (dot(&self.lambda_q1, &self.lambda_k1)? - dot(&self.lambda_q2, &self.lambda_k2)?)? + self.lambda_init
     }
 
-    /// q, k `[B, 2 H, N, d/2]`, v `[B, H, N, d]` → `[B, N, D]`.
+    /// q, k `[2 H, B, N, d/2]`, v `[H, B, N, d]` → `[B, N, D]`.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
-        let both = attention_probabilities(q, k)?; // [B, 2 H, N, N]: each head's two attentions side by side
-        let (b, _, n, _) = both.dims4()?;
-        let both = both.reshape((b, self.num_heads, 2, n, n))?;
-        let difference = (both.i((.., .., 0))? - both.i((.., .., 1))?.broadcast_mul(&self.lambda()?)?)?; // [B, H, N, N]
-        tap.attention(&difference)?;
-        let attended = self.sub_norm.forward(&difference.matmul(&v.contiguous()?)?)?; // [B, H, N, d]
+        let both = attention_probabilities(q, k)?; // [2 H, B, N, N]: a head's two attentions follow each other
+        let (_, b, n, _) = both.dims4()?;
+        let both = both.reshape((self.num_heads, 2, b, n, n))?;
+        let difference = (both.i((.., 0))? - both.i((.., 1))?.broadcast_mul(&self.lambda()?)?)?; // [H, B, N, N]
+        tap.attention(&difference.transpose(0, 1)?)?;
+        let attended = self.sub_norm.forward(&difference.matmul(v)?)?; // [H, B, N, d]
         merge_heads(&(attended * (1.0 - self.lambda_init))?)
     }
 }
@@ -248,21 +288,20 @@ impl Attention {
 
     /// `[B, N, D] → [B, N, D]`
     fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
-        let (b, n, dim) = x.dims3()?;
-        let qkv = self.qkv.forward(x)?; // [B, N, 3 D]
+        let h = self.num_heads;
         if let Some(diff) = &self.diff {
-            let part = |i: usize, heads| split_heads(&qkv.narrow(2, i * dim, dim)?.contiguous()?, heads);
-            let (q, k) = (part(0, 2 * self.num_heads)?, part(1, 2 * self.num_heads)?); // [B, 2 H, N, d/2]
+            let qkv = self.qkv.forward(x)?.chunk(3, D::Minus1)?; // [B, N, D] each
+            let (q, k) = (split_heads(&qkv[0], 2 * h)?, split_heads(&qkv[1], 2 * h)?); // [2 H, B, N, d/2]
             let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), q, k)?;
-            let x = diff.attend(&q, &k, &part(2, self.num_heads)?, tap)?; // [B, N, D]
+            let x = diff.attend(&q, &k, &split_heads(&qkv[2], h)?, tap)?; // [B, N, D]
             return self.proj.forward(&norm_if_any(self.norm.as_ref(), x)?);
         }
-        let qkv = qkv.reshape((b, n, 3, self.num_heads, dim / self.num_heads))?;
-        let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, N, d]
-        let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), qkv.i(0)?, qkv.i(1)?)?;
-        let probabilities = attention_probabilities(&q, &k)?; // [B, H, N, N]
-        tap.attention(&probabilities)?;
-        let x = merge_heads(&probabilities.matmul(&qkv.i(2)?.contiguous()?)?)?; // [B, N, D]
+        let qkv = self.qkv.heads(x, 3 * h)?; // [3 H, B, N, d]
+        let part = |i: usize| qkv.narrow(0, i * h, h); // [H, B, N, d]
+        let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), part(0)?, part(1)?)?;
+        let probabilities = attention_probabilities(&q, &k)?; // [H, B, N, N]
+        tap.attention(&probabilities.transpose(0, 1)?)?;
+        let x = merge_heads(&probabilities.matmul(&part(2)?)?)?; // [B, N, D]
         self.proj.forward(&norm_if_any(self.norm.as_ref(), x)?)
     }
 }
@@ -409,7 +448,7 @@ impl ParallelIn {
         };
         let part = |i: usize, heads| split_heads(&y.narrow(2, hidden + i * dim, dim)?, heads);
         let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), part(0, qk_heads)?, part(1, qk_heads)?)?;
-        Ok((self.act.forward(&mlp)?, [q, k, part(2, v_heads)?.contiguous()?]))
+        Ok((self.act.forward(&mlp)?, [q, k, part(2, v_heads)?]))
     }
 }
 
@@ -438,8 +477,8 @@ impl ParallelScalingBlock {
     /// `[B, N, D] → [B, N, D]`
     fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> CandleResult<Tensor> {
         let (mlp, [q, k, v]) = self.input.forward(x, self.num_heads, self.num_heads)?;
-        let probabilities = attention_probabilities(&q, &k)?; // [B, H, N, N]
-        tap.attention(&probabilities)?;
+        let probabilities = attention_probabilities(&q, &k)?; // [H, B, N, N]
+        tap.attention(&probabilities.transpose(0, 1)?)?;
         let attended = merge_heads(&probabilities.matmul(&v)?)?; // [B, N, D]
         let y = (self.attn_out_proj.forward(&attended)? + self.mlp_out_proj.forward(&mlp)?)?;
         x + scale_if_any(self.ls.as_ref(), y)?
@@ -590,13 +629,11 @@ impl AttentionPool {
 
     /// `[B, N, D] → [B, D]`
     fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
-        let (b, n, dim) = x.dims3()?;
-        let query = self.latent.broadcast_as((b, 1, dim))?.contiguous()?;
-        let q = split_heads(&self.q.forward(&query)?, self.num_heads)?; // [B, H, 1, d]
-        let kv = self.kv.forward(&x.contiguous()?)?.reshape((b, n, 2, self.num_heads, dim / self.num_heads))?;
-        let kv = kv.permute((2, 0, 3, 1, 4))?; // [2, B, H, N, d]
-        let probabilities = attention_probabilities(&q, &kv.i(0)?)?; // [B, H, 1, N]
-        let x = merge_heads(&probabilities.matmul(&kv.i(1)?.contiguous()?)?)?; // [B, 1, D]
+        let ((b, _, dim), h) = (x.dims3()?, self.num_heads);
+        let q = self.q.heads(&self.latent.broadcast_as((b, 1, dim))?, h)?; // [H, B, 1, d]
+        let kv = self.kv.heads(x, 2 * h)?; // [2 H, B, N, d]
+        let probabilities = attention_probabilities(&q, &kv.narrow(0, 0, h)?)?; // [H, B, 1, N]
+        let x = merge_heads(&probabilities.matmul(&kv.narrow(0, h, h)?)?)?; // [B, 1, D]
         let x = self.proj.forward(&x)?;
         let x = (&x + self.mlp.forward(&self.norm.forward(&x)?)?)?;
         x.i((.., 0))
