@@ -1,6 +1,8 @@
 //! `Predictor`: a checkpoint that answers. It picks what runs it (the CPU engine or candle's modules), preprocesses images as
 //! the checkpoint says, and names the classes.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Tensor};
 
 pub use crate::cpu::Output;
@@ -106,7 +108,17 @@ pub struct Predictor {
 
 enum Model {
     Engine(Box<cpu::Engine>),
-    Modules { vit: Box<VisionTransformer>, device: Device, dtype: DType, pool: Option<rayon::ThreadPool> },
+    Modules(Box<Modules>),
+}
+
+/// candle's modules, and where they run.
+struct Modules {
+    vit: VisionTransformer,
+    device: Device,
+    dtype: DType,
+    pool: Option<rayon::ThreadPool>,
+    /// On a GPU passes take turns: candle gives each thread a stream of its own, and all of them one cuBLAS workspace.
+    turn: Mutex<()>,
 }
 
 impl Predictor {
@@ -183,7 +195,23 @@ impl Predictor {
     /// Another number of pixels than the model reads; a lack of memory.
     pub fn forward(&self, pixels: &[f32], batch: usize) -> Result<Output> {
         self.check(pixels, batch)?;
-        self.model.forward(self.config(), pixels, batch)
+        match &self.model {
+            Model::Engine(engine) => engine.forward(pixels, batch),
+            Model::Modules(modules) => modules.forward(pixels, batch, true),
+        }
+    }
+
+    /// As [`forward`](Self::forward) for who reads no tokens: where candle's modules run, [`Output::features`] stays empty.
+    /// They are by far the most that would have to be fetched from a GPU.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_head(&self, pixels: &[f32], batch: usize) -> Result<Output> {
+        self.check(pixels, batch)?;
+        match &self.model {
+            Model::Engine(engine) => engine.forward(pixels, batch),
+            Model::Modules(modules) => modules.forward(pixels, batch, false),
+        }
     }
 
     /// [`forward`](Self::forward) into vectors that are used again.
@@ -210,9 +238,8 @@ impl Predictor {
         self.check(pixels, batch)?;
         match &self.model {
             Model::Engine(engine) => engine.logits_into(pixels, batch, logits),
-            model @ Model::Modules { .. } => {
-                let output = model.forward(self.config(), pixels, batch)?;
-                *logits = output.logits.unwrap_or(output.pre_logits);
+            Model::Modules(modules) => {
+                *logits = modules.logits(pixels, batch)?;
                 Ok(())
             }
         }
@@ -319,12 +346,15 @@ impl Model {
             (Precision::Bf16, false) => DType::BF16,
             (Precision::F16, false) => DType::F16,
             (precision, on_cpu) => {
-                let (name, place) = (precision.name(), if on_cpu { "candle's CPU modules" } else { "a GPU" });
+                let name = precision.name();
+                let place =
+                    if on_cpu { "candle's CPU modules; they have f32" } else { "a GPU; it has f32, f16 and bf16" };
                 let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
                 return Err(Error::Unsupported(format!("precision {name} on {place}{why}")));
             }
         };
         let vit = VisionTransformer::from_weights(&checkpoint.info.model, &*checkpoint.weights, dtype, &device)?;
+        device.synchronize()?; // the weights are there for every thread's stream
         let pool = match options.threads {
             Some(threads) if device.is_cpu() => Some(
                 rayon::ThreadPoolBuilder::new()
@@ -346,30 +376,91 @@ impl Model {
         };
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads);
         let backend = Backend { kernel: kernel.into(), precision: precision.into(), threads, why };
-        Ok((Self::Modules { vit: Box::new(vit), device, dtype, pool }, backend))
+        Ok((Self::Modules(Box::new(Modules { vit, device, dtype, pool, turn: Mutex::new(()) })), backend))
+    }
+}
+
+impl Modules {
+    /// The most images of one pass. Candle's GPU kernels count in 32 bits: no tensor of a pass may have more elements.
+    fn most(config: &Config) -> usize {
+        let (n, [h, w]) = (config.num_tokens(), config.img_size);
+        let heads = config.num_heads * if config.diff_attn { 2 } else { 1 };
+        let widest = 3 * config.embed_dim + config.mlp_hidden; // of a token, where one projection makes all
+        let image = (heads * n * n).max(n * widest).max(config.in_chans * h * w);
+        (i32::MAX as usize / image).max(1)
     }
 
-    fn forward(&self, config: &Config, pixels: &[f32], batch: usize) -> Result<Output> {
-        match self {
-            Self::Engine(engine) => engine.forward(pixels, batch),
-            Self::Modules { vit, device, dtype, pool } => {
-                let run = || {
-                    let [h, w] = config.img_size;
-                    let x = Tensor::from_slice(pixels, (batch, config.in_chans, h, w), device)?.to_dtype(*dtype)?;
-                    let features = vit.forward_features(&x)?; // [B, N, D]
-                    let values = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
-                    let logits = match config.num_classes {
-                        0 => None,
-                        _ => Some(values(&vit.forward_head(&features, false)?)?),
-                    };
-                    let pre_logits = values(&vit.forward_head(&features, true)?)?;
-                    Ok(Output { logits, features: values(&features)?, pre_logits })
-                };
-                match pool {
-                    Some(pool) => pool.install(run),
-                    None => run(),
-                }
+    /// Runs `pass` over `[B, C, H, W]` on the device, in as many parts as it takes.
+    fn run(
+        &self,
+        pixels: &[f32],
+        batch: usize,
+        mut pass: impl FnMut(&VisionTransformer, &Tensor) -> Result<()> + Send,
+    ) -> Result<()> {
+        let config = self.vit.config();
+        let (c, [h, w]) = (config.in_chans, config.img_size);
+        let most = if self.device.is_cpu() { batch } else { Self::most(config) };
+        let mut run = || {
+            let _turn = (!self.device.is_cpu()).then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner));
+            for part in pixels.chunks(most * c * h * w) {
+                let x = Tensor::from_slice(part, (part.len() / (c * h * w), c, h, w), &self.device)?;
+                pass(&self.vit, &x.to_dtype(self.dtype)?)?;
             }
+            Ok(())
+        };
+        match &self.pool {
+            Some(pool) => pool.install(run),
+            None => run(),
+        }
+    }
+
+    /// Logits and what the head reads, and with `features` the tokens.
+    fn forward(&self, pixels: &[f32], batch: usize, features: bool) -> Result<Output> {
+        let mut output = Output::default();
+        self.run(pixels, batch, |vit, x| {
+            let tokens = vit.forward_features(x)?; // [B, N, D]
+            if vit.config().num_classes > 0 {
+                output.logits.get_or_insert_default().extend(values(&vit.forward_head(&tokens, false)?)?);
+            }
+            output.pre_logits.extend(values(&vit.forward_head(&tokens, true)?)?);
+            if features {
+                output.features.extend(values(&tokens)?);
+            }
+            Ok(())
+        })?;
+        Ok(output)
+    }
+
+    /// The logits alone; without a head what it would read.
+    fn logits(&self, pixels: &[f32], batch: usize) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        self.run(pixels, batch, |vit, x| {
+            logits.extend(values(&vit.forward(x)?)?);
+            Ok(())
+        })?;
+        Ok(logits)
+    }
+}
+
+/// A tensor's values, wherever it lies, in f32.
+fn values(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Modules;
+    use crate::names::Architecture;
+
+    #[test]
+    fn no_tensor_of_a_pass_on_a_gpu_outgrows_32_bits() {
+        // q, k, v and the hidden layer of 197 and of 50 tokens; the attention of 577 tokens with 16 heads
+        for (name, most) in [
+            ("vit_base_patch16_224", 2_147_483_647 / (197 * 7 * 768)),
+            ("vit_large_patch16_384", 2_147_483_647 / (16 * 577 * 577)),
+            ("vit_base_patch32_224", 2_147_483_647 / (50 * 7 * 768)),
+        ] {
+            assert_eq!(Modules::most(&Architecture::of(name).unwrap().config), most, "{name}");
         }
     }
 }
