@@ -204,14 +204,21 @@ pub fn options(run: RunArgs) -> anyhow::Result<predictor::Options> {
 
 /// `candle_core::utils::cuda_is_available` only says how this was built, so the device itself is tried.
 fn device(device: Device) -> anyhow::Result<candle_core::Device> {
-    let cuda = || candle_core::Device::new_cuda(0);
-    let metal = || candle_core::Device::new_metal(0);
+    // with RUST_BACKTRACE candle's errors have a backtrace beneath their first line
+    let first_line = |e: candle_core::Error| e.to_string().lines().next().unwrap_or_default().to_owned();
+    let cuda = || candle_core::Device::new_cuda(0).map_err(first_line);
+    let metal = || candle_core::Device::new_metal(0).map_err(first_line);
     match device {
         Device::Cpu => Ok(candle_core::Device::Cpu),
         Device::Cuda if !cfg!(feature = "cuda") => {
             bail!("--device cuda: this program was built without CUDA (cargo build --features cuda)")
         }
-        Device::Cuda => cuda().map_err(|e| anyhow::anyhow!("--device cuda: no usable CUDA device: {e}")),
+        Device::Cuda => cuda().map_err(|e| {
+            anyhow::anyhow!(
+                "--device cuda: no usable CUDA device: {e}. It takes an NVIDIA GPU, its driver, and a CUDA_VISIBLE_DEVICES that \
+                 does not hide it; --device cpu needs none, and --device auto takes what there is"
+            )
+        }),
         Device::Metal if !cfg!(feature = "metal") => {
             bail!("--device metal: this program was built without Metal (cargo build --features metal)")
         }
