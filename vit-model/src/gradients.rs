@@ -16,7 +16,7 @@ fn tiny() -> Config {
 }
 
 /// Every kind of block, MLP, activation, norm and pooling.
-fn variants() -> Vec<(&'static str, Config)> {
+pub(crate) fn variants() -> Vec<(&'static str, Config)> {
     vec![
         ("standard", tiny()),
         ("layer scale, registers", Config { layer_scale: true, reg_tokens: 2, no_embed_class: true, ..tiny() }),
@@ -34,7 +34,7 @@ fn variants() -> Vec<(&'static str, Config)> {
 }
 
 /// Values between −1 and 1, the same at every run.
-fn noise(seed: u64, shape: &[usize]) -> Tensor {
+pub(crate) fn noise(seed: u64, shape: &[usize]) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -45,7 +45,7 @@ fn noise(seed: u64, shape: &[usize]) -> Tensor {
 }
 
 /// A model over variables, and the variables by name.
-fn trainable(config: &Config) -> (VisionTransformer, Vec<(String, Var)>) {
+pub(crate) fn trainable(config: &Config) -> (VisionTransformer, Vec<(String, Var)>) {
     let map = VarMap::new();
     let vit = VisionTransformer::new(config, VarBuilder::from_varmap(&map, DType::F64, &Device::Cpu)).unwrap();
     let mut vars: Vec<_> = map.data().lock().unwrap().iter().map(|(n, v)| (n.clone(), v.clone())).collect();
@@ -56,9 +56,10 @@ fn trainable(config: &Config) -> (VisionTransformer, Vec<(String, Var)>) {
     (vit, vars)
 }
 
-fn loss(vit: &VisionTransformer, x: &Tensor) -> Tensor {
+pub(crate) fn loss(vit: &VisionTransformer, x: &Tensor) -> Tensor {
     let logits = vit.forward(x).unwrap();
-    (&logits * noise(99, logits.dims())).unwrap().sum_all().unwrap()
+    let weights = noise(99, logits.dims()).to_device(logits.device()).unwrap();
+    (logits * weights).unwrap().sum_all().unwrap()
 }
 
 #[test]

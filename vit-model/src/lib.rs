@@ -25,6 +25,8 @@ pub mod cpu;
 mod error;
 pub mod finetune;
 mod folder;
+#[cfg(all(test, feature = "cuda"))]
+mod gpu;
 #[cfg(test)]
 mod gradients;
 mod hf;
