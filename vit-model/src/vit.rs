@@ -20,50 +20,49 @@ const WEIGHT: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 const TOKEN: Init = Init::Randn { mean: 0.0, stdev: 1e-6 };
 const LAYER_SCALE: Init = Init::Const(1e-5);
 
-/// `x Wᵀ + b`. Rows of tokens are one matrix all the way: the fewer dimensions, the cheaper candle's GPU kernels find the
-/// value that is added to an element.
+/// `x Wᵀ + b`
 #[derive(Clone, Debug)]
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+enum Linear {
+    /// While training, and where there is no bias.
+    Plain(Tensor, Option<Tensor>),
+    /// `[x 1] [W b]ᵀ`: the bias is a column of the weights, followed by zeros to a multiple of eight. To add it to a product
+    /// takes candle's GPU kernels longer than the product itself.
+    Joined(Tensor),
 }
 
 impl Linear {
-    fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
-    }
-
-    /// `[…, K] → [rows, O]`, without the bias.
-    fn product(&self, x: &Tensor) -> CandleResult<Tensor> {
-        x.flatten_to(D::Minus2)?.matmul(&self.weight.t()?)
+    fn new(weight: Tensor, bias: Option<Tensor>) -> CandleResult<Self> {
+        match bias {
+            // one number spread to a shape holds no memory, and shall not (`load::parameters`)
+            Some(bias) if !weight.track_op() && !bias.track_op() && weight.is_contiguous() => {
+                let columns = 8 - weight.dim(1)? % 8;
+                let bias = bias.unsqueeze(1)?.pad_with_zeros(1, 0, columns - 1)?;
+                Ok(Self::Joined(Tensor::cat(&[weight, bias], 1)?))
+            }
+            bias => Ok(Self::Plain(weight, bias)),
+        }
     }
 
     /// `[…, K] → […, O]`
     fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
-        let y = self.product(x)?;
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
+        let rows = x.flatten_to(D::Minus2)?; // [R, K]
+        let y = match self {
+            Self::Plain(weight, None) => rows.matmul(&weight.t()?)?,
+            Self::Plain(weight, Some(bias)) => rows.matmul(&weight.t()?)?.broadcast_add(bias)?,
+            Self::Joined(weight) => {
+                let (r, k) = rows.dims2()?;
+                let ones = Tensor::ones((r, weight.dim(1)?.saturating_sub(k)), rows.dtype(), rows.device())?;
+                Tensor::cat(&[&rows, &ones], 1)?.matmul(&weight.t()?)?
+            }
         };
-        y.reshape([&x.dims()[..x.rank() - 1], &[self.weight.dim(0)?]].concat())
-    }
-
-    /// `[B, N, K] → [H, B, N, d]`, contiguous: the bias is added on the way from tokens to heads.
-    fn heads(&self, x: &Tensor, heads: usize) -> CandleResult<Tensor> {
-        let (b, n, _) = x.dims3()?;
-        let y = self.product(x)?.reshape((b * n, heads, ()))?.transpose(0, 1)?; // [H, B·N, d]
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(&bias.reshape((heads, 1, ()))?)?,
-            None => y.contiguous()?,
-        };
-        y.reshape((heads, b, n, ()))
+        y.reshape([&x.dims()[..x.rank() - 1], &y.dims()[1..]].concat()) // [R, O]
     }
 }
 
 fn linear(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> CandleResult<Linear> {
     let weight = vb.get_with_hints((out_dim, in_dim), "weight", WEIGHT)?;
     let bias = if bias { Some(vb.get_with_hints(out_dim, "bias", Init::Const(0.0))?) } else { None };
-    Ok(Linear::new(weight, bias))
+    Linear::new(weight, bias)
 }
 
 /// Softmax over the last dimension. Candle's fused kernel has no gradient: while training, the plain formula.
@@ -160,7 +159,7 @@ impl PatchEmbed {
         let bias =
             if config.patch_bias { Some(vb.pp("proj").get_with_hints(dim, "bias", Init::Const(0.0))?) } else { None };
         let norm = config.patch_norm.then(|| Norm::of(config, dim, vb.pp("norm"))).transpose()?;
-        let proj = Linear::new(weight.reshape((dim, config.in_chans * ph * pw))?, bias);
+        let proj = Linear::new(weight.reshape((dim, config.in_chans * ph * pw))?, bias)?;
         Ok(Self { proj, norm, patch_size: config.patch_size })
     }
 
@@ -296,7 +295,7 @@ impl Attention {
             let x = diff.attend(&q, &k, &split_heads(&qkv[2], h)?, tap)?; // [B, N, D]
             return self.proj.forward(&norm_if_any(self.norm.as_ref(), x)?);
         }
-        let qkv = self.qkv.heads(x, 3 * h)?; // [3 H, B, N, d]
+        let qkv = split_heads(&self.qkv.forward(x)?, 3 * h)?; // [3 H, B, N, d]
         let part = |i: usize| qkv.narrow(0, i * h, h); // [H, B, N, d]
         let (q, k) = QkNorm::apply(self.qk_norm.as_ref(), part(0)?, part(1)?)?;
         let probabilities = attention_probabilities(&q, &k)?; // [H, B, N, N]
@@ -630,8 +629,8 @@ impl AttentionPool {
     /// `[B, N, D] → [B, D]`
     fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
         let ((b, _, dim), h) = (x.dims3()?, self.num_heads);
-        let q = self.q.heads(&self.latent.broadcast_as((b, 1, dim))?, h)?; // [H, B, 1, d]
-        let kv = self.kv.heads(x, 2 * h)?; // [2 H, B, N, d]
+        let q = split_heads(&self.q.forward(&self.latent.broadcast_as((b, 1, dim))?)?, h)?; // [H, B, 1, d]
+        let kv = split_heads(&self.kv.forward(x)?, 2 * h)?; // [2 H, B, N, d]
         let probabilities = attention_probabilities(&q, &kv.narrow(0, 0, h)?)?; // [H, B, 1, N]
         let x = merge_heads(&probabilities.matmul(&kv.narrow(0, h, h)?)?)?; // [B, 1, D]
         let x = self.proj.forward(&x)?;
