@@ -77,7 +77,7 @@ pub fn answer_all(
                 logits
             }
             Ask::PreLogits => {
-                predictor.forward_into(&batch.values, batch.good, &mut output)?;
+                predictor.forward_head_into(&batch.values, batch.good, &mut output)?;
                 &mut output.pre_logits
             }
         };

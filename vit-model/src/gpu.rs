@@ -116,7 +116,8 @@ fn many_threads_may_ask_one_predictor() {
         let d = have.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(have.len() == want.len() && d < 1e-4, "{d:.2e}");
     }
-    let head = there.forward_head(&pixels, batch).unwrap();
+    let mut head = predictor::Output::default();
+    there.forward_head_into(&pixels, batch, &mut head).unwrap();
     assert_eq!((&head.logits, &head.pre_logits, head.features.len()), (&have.logits, &have.pre_logits, 0));
     // each thread has a stream of its own; an answer that another thread touched would differ
     std::thread::scope(|scope| {

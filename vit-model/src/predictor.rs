@@ -201,19 +201,6 @@ impl Predictor {
         }
     }
 
-    /// As [`forward`](Self::forward) for who reads no tokens: where candle's modules run, [`Output::features`] stays empty.
-    /// They are by far the most that would have to be fetched from a GPU.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward).
-    pub fn forward_head(&self, pixels: &[f32], batch: usize) -> Result<Output> {
-        self.check(pixels, batch)?;
-        match &self.model {
-            Model::Engine(engine) => engine.forward(pixels, batch),
-            Model::Modules(modules) => modules.forward(pixels, batch, false),
-        }
-    }
-
     /// [`forward`](Self::forward) into vectors that are used again.
     ///
     /// # Errors
@@ -222,8 +209,24 @@ impl Predictor {
         self.check(pixels, batch)?;
         match &self.model {
             Model::Engine(engine) => engine.forward_into(pixels, batch, output),
-            model @ Model::Modules { .. } => {
-                *output = model.forward(self.config(), pixels, batch)?;
+            Model::Modules(modules) => {
+                *output = modules.forward(pixels, batch, true)?;
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`forward_into`](Self::forward_into) for who reads no tokens: where candle's modules run, [`Output::features`]
+    /// stays empty. They are by far the most that would have to be fetched from a GPU.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_head_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
+        self.check(pixels, batch)?;
+        match &self.model {
+            Model::Engine(engine) => engine.forward_into(pixels, batch, output),
+            Model::Modules(modules) => {
+                *output = modules.forward(pixels, batch, false)?;
                 Ok(())
             }
         }

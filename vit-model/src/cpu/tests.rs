@@ -348,7 +348,7 @@ fn auto_is_f32_for_a_small_model_and_the_kernel_s_best_for_a_large_one() {
         ..base()
     };
     for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-        let auto = |config| Engine::plan(config, &Options { isa: Some(isa), ..Options::default() }).unwrap().2;
+        let auto = |config: &Config| Engine::plan(config, &Options { isa: Some(isa), ..Options::default() }).unwrap().2;
         assert_eq!(auto(&base()), Precision::F32);
         assert_eq!(auto(&large), if isa == Isa::Amx { Precision::Bf16x3 } else { Precision::F32 });
     }
