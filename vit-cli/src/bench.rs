@@ -147,14 +147,14 @@ fn contenders(checkpoint: &Checkpoint, device: &candle_core::Device) -> anyhow::
     let mut all = Vec::new();
     // a streamed engine reads little more than the head: what it would run is all that is asked
     let probe = |isa, precision| {
-        let options = cpu::Options { threads: Some(1), precision, isa };
+        let options = cpu::Options { threads: Some(1), precision, isa: Some(isa) };
         cpu::Engine::streamed(&checkpoint.info.model, checkpoint.weights.clone(), &options)
     };
-    match probe(None, cpu::Precision::Auto) {
+    match probe(cpu::Isa::choose()?, cpu::Precision::Auto) {
         Ok(auto) => {
             for isa in cpu::Isa::ALL.into_iter().filter(|isa| isa.available()) {
                 for precision in [cpu::Precision::Bf16, cpu::Precision::Bf16x3, cpu::Precision::F32] {
-                    let engine = probe(Some(isa), precision)?;
+                    let engine = probe(isa, precision)?;
                     // what a kernel does not have is run by another
                     if (engine.isa(), engine.precision()) == (isa, precision) {
                         let auto = (auto.isa(), auto.precision()) == (isa, precision);
