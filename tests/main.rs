@@ -8,6 +8,7 @@ mod folders;
 mod forward;
 #[cfg(feature = "hub")]
 mod hub;
+mod integrity;
 mod library;
 mod mutation;
 mod onnx;

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use serde_json::{Map, Value};
 use vit_convert::{Converted, write};
 
 /// The root of the repository.
@@ -96,6 +98,48 @@ pub fn read_safetensors(path: &Path) -> BTreeMap<String, Tensor> {
 pub fn write_safetensors(path: &Path, name: &str, dtype: safetensors::Dtype, shape: &[usize], bytes: &[u8]) {
     let view = safetensors::tensor::TensorView::new(dtype, shape.to_vec(), bytes).expect("bytes fit the shape");
     std::fs::write(path, safetensors::serialize([(name, view)], None).expect("serialises")).expect("writes");
+}
+
+/// A file of ours taken apart, to be put together otherwise.
+#[derive(Clone)]
+pub struct Parts {
+    pub header: Map<String, Value>,
+    /// What the header's metadata hold as text.
+    pub document: Value,
+    pub data: Vec<u8>,
+}
+
+impl Parts {
+    pub fn of(bytes: &[u8]) -> Self {
+        let (length, rest) = bytes.split_at(8);
+        let (header, data) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+        let header: Map<String, Value> = serde_json::from_slice(header).unwrap();
+        let document = serde_json::from_str(header["__metadata__"]["config"].as_str().unwrap()).unwrap();
+        Self { header, document, data: data.to_vec() }
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut header = self.header.clone();
+        header["__metadata__"]["config"] = self.document.to_string().into();
+        let mut header = serde_json::to_vec(&header).unwrap();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        [&(header.len() as u64).to_le_bytes(), header.as_slice(), &self.data].concat()
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        self.header.keys().filter(|name| *name != "__metadata__").cloned().collect()
+    }
+
+    /// Where a tensor's bytes are.
+    pub fn range(&self, name: &str) -> Range<usize> {
+        let at = |i: usize| self.header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+        at(0)..at(1)
+    }
+
+    /// As a file that was made on purpose.
+    pub fn without_checksums(&mut self) {
+        self.document.as_object_mut().unwrap().remove("xxh3").expect("checksums");
+    }
 }
 
 pub fn bytes(values: &[f32]) -> Vec<u8> {

@@ -17,6 +17,7 @@ use std::{
 use serde_json::{Map, Value, json};
 use vit_model::{
     Dtype, ModelInfo, TensorInfo, Weights,
+    checksum::{Checksum, Checksums},
     weights::{check_finite, widen},
 };
 
@@ -92,35 +93,50 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
 }
 
 fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    let layout = |info: Option<&ModelInfo>| Layout::new(info, weights.tensors(), options.dtype);
-    let draft = layout(info)?;
+    let layout = Arc::new(Layout::new(weights.tensors(), options.dtype)?);
+    let draft = layout.header(info)?;
     save::file(path, options.inputs, |file| {
-        let Some(pending) = options.pending else {
-            return fill(&Output::new(path, file, draft)?, weights, options, false, || Ok(()));
-        };
-        let room = draft.header.len();
-        let output = Arc::new(Output::new(path, file, draft)?);
-        // whoever proves these very tensors reads each of them, and once is enough
-        let proven = pending.proves().filter(|proven| std::ptr::addr_eq(Arc::as_ptr(proven), weights)).cloned();
-        let seen = proven.map(|inner| -> Arc<dyn Weights> { Arc::new(Seen { inner, output: output.clone() }) });
-        fill(&output, weights, options, seen.is_some(), || pending.find(seen.clone()).map(drop))?;
-        let Some(mut info) = info.cloned() else { return Ok(()) };
-        pending.find(None)?.complete(&mut info);
-        let whole = layout(Some(&info))?;
-        if whole.header.len() == room {
-            return write_all_at(file, &whole.header, 8).map_err(Error::io(path));
+        let mut info = info.cloned();
+        let output = Arc::new(Output::new(path, file, layout.clone(), &draft)?);
+        if let Some(pending) = options.pending {
+            // whoever proves these very tensors reads each of them, and once is enough
+            let proven = pending.proves().filter(|proven| std::ptr::addr_eq(Arc::as_ptr(proven), weights)).cloned();
+            let seen = proven.map(|inner| -> Arc<dyn Weights> { Arc::new(Seen { inner, output: output.clone() }) });
+            fill(&output, weights, options, seen.is_some(), || pending.find(seen.clone()).map(drop))?;
+            if let Some(info) = &mut info {
+                pending.find(None)?.complete(info);
+            }
+        } else {
+            fill(&output, weights, options, false, || Ok(()))?;
+        }
+        // what is known last stands in the header, which comes first
+        let header = layout.header(info.as_ref())?;
+        if header.len() == draft.len() {
+            return write_all_at(file, &header, 8).map_err(Error::io(path));
         }
         // what was found is longer than the room that is kept for it
-        fill(&Output::new(path, file, whole)?, weights, options, false, || Ok(()))
+        fill(&Output::new(path, file, layout.clone(), &header)?, weights, options, false, || Ok(()))
     })
+}
+
+/// The document, and the checksums as its last field.
+#[derive(serde::Serialize)]
+struct Document<'a> {
+    #[serde(flatten)]
+    info: &'a ModelInfo,
+    xxh3: &'a Checksums,
 }
 
 /// A tensor's place in the file.
 struct Place {
     name: String,
     stored: Dtype,
-    dtype: Dtype,
+    /// As it is written.
+    info: TensorInfo,
     offset: u64,
+    end: u64,
+    /// Its [`Checksum`], once it is written.
+    checksum: AtomicU64,
 }
 
 /// Bytes of the header that are kept for what the document lacks as long as the proof runs. They are kept in every file,
@@ -128,7 +144,6 @@ struct Place {
 const ROOM: usize = 1024;
 
 struct Layout {
-    header: Vec<u8>,
     /// By offset.
     places: Vec<Place>,
     /// Tensor → its place.
@@ -138,30 +153,41 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(info: Option<&ModelInfo>, tensors: &BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
+    fn new(tensors: &BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
         let mut sorted: Vec<(&String, &TensorInfo, Dtype)> =
             tensors.iter().map(|(name, info)| (name, info, dtype.unwrap_or(info.dtype))).collect();
         // wide elements first: then each tensor is aligned to its elements
         sorted.sort_by_key(|(name, _, dtype)| (std::cmp::Reverse(dtype.size()), *name));
         let too_large = |name: &str| Error::tensor(name, "is larger than any memory");
-        let mut header = Map::from_iter([("__metadata__".to_owned(), Value::Null)]);
         let mut places = Vec::with_capacity(sorted.len());
         let mut offset = 0_u64;
         for (name, info, dtype) in sorted {
             let count = info.shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
             let len = count.and_then(|n| u64::try_from(n).ok()).ok_or_else(|| too_large(name))?;
             let end = offset.checked_add(len).ok_or_else(|| too_large(name))?;
-            let entry = json!({ "dtype": dtype.name(), "shape": info.shape, "data_offsets": [offset, end] });
-            header.insert(name.clone(), entry);
-            places.push(Place { name: name.clone(), stored: info.dtype, dtype, offset });
+            let (stored, info) = (info.dtype, TensorInfo { dtype, shape: info.shape.clone() });
+            places.push(Place { name: name.clone(), stored, info, offset, end, checksum: AtomicU64::new(0) });
             offset = end;
         }
         let index = places.iter().enumerate().map(|(at, place)| (place.name.clone(), at)).collect();
+        Ok(Self { places, index, data_len: offset })
+    }
+
+    /// The header, as long before the tensors are written as after.
+    fn header(&self, info: Option<&ModelInfo>) -> Result<Vec<u8>> {
+        let failed = |error| Error::graph(format!("header: {error}"));
+        let entries = self.places.iter().map(|Place { name, info, offset, end, .. }| {
+            let entry = json!({ "dtype": info.dtype.name(), "shape": info.shape, "data_offsets": [offset, end] });
+            (name.clone(), entry)
+        });
+        let mut header: Map<String, Value> = [("__metadata__".to_owned(), Value::Null)].into_iter().chain(entries).collect();
         let mut with = |info: Option<&ModelInfo>| -> Result<Vec<u8>> {
-            let failed = |error| Error::graph(format!("header: {error}"));
             let mut metadata = json!({ "format": "pt" });
             if let Some(info) = info {
-                metadata["config"] = json!(serde_json::to_string(info).map_err(failed)?);
+                let sum = |place: &Place| Checksum(place.checksum.load(Ordering::Relaxed));
+                let tensors = self.places.iter().map(|place| (place.name.clone(), sum(place))).collect();
+                let xxh3 = &Checksums { model: Checksum::of_model(&info.model), tensors };
+                metadata["config"] = json!(serde_json::to_string(&Document { info, xxh3 }).map_err(failed)?);
             }
             header["__metadata__"] = metadata;
             serde_json::to_vec(&header).map_err(failed)
@@ -176,16 +202,7 @@ impl Layout {
         };
         let mut header = with(info)?;
         header.resize(header.len().max(least).next_multiple_of(8), b' ');
-        Ok(Self { header, places, index, data_len: offset })
-    }
-
-    /// Bytes before the first tensor.
-    fn start(&self) -> u64 {
-        self.header.len().saturating_add(8) as u64
-    }
-
-    fn total(&self) -> u64 {
-        self.start().saturating_add(self.data_len)
+        Ok(header)
     }
 }
 
@@ -193,7 +210,9 @@ impl Layout {
 struct Output {
     path: PathBuf,
     file: File,
-    layout: Layout,
+    layout: Arc<Layout>,
+    /// Where the first tensor begins.
+    start: u64,
     /// Tensors that are written, or that a thread is busy with.
     taken: Vec<AtomicBool>,
     /// Bytes that are written.
@@ -204,17 +223,22 @@ struct Output {
 
 impl Output {
     /// Writes the header, and makes room for the rest.
-    fn new(path: &Path, file: &File, layout: Layout) -> Result<Self> {
+    fn new(path: &Path, file: &File, layout: Arc<Layout>, header: &[u8]) -> Result<Self> {
+        let start = header.len().saturating_add(8) as u64;
         let begin = || -> std::io::Result<File> {
-            file.set_len(layout.total())?;
-            write_all_at(file, &(layout.header.len() as u64).to_le_bytes(), 0)?;
-            write_all_at(file, &layout.header, 8)?;
+            file.set_len(start.saturating_add(layout.data_len))?;
+            write_all_at(file, &(header.len() as u64).to_le_bytes(), 0)?;
+            write_all_at(file, header, 8)?;
             file.try_clone()
         };
         let file = begin().map_err(Error::io(path))?;
         let taken = layout.places.iter().map(|_| AtomicBool::new(false)).collect();
-        let (done, failed) = (AtomicU64::new(layout.start()), AtomicBool::new(false));
-        Ok(Self { path: path.into(), file, layout, taken, done, failed, failure: Mutex::new(None) })
+        let (done, failed) = (AtomicU64::new(start), AtomicBool::new(false));
+        Ok(Self { path: path.into(), file, layout, start, taken, done, failed, failure: Mutex::new(None) })
+    }
+
+    fn total(&self) -> u64 {
+        self.start.saturating_add(self.layout.data_len)
     }
 
     /// Writes a tensor, unless somebody else does.
@@ -224,7 +248,8 @@ impl Output {
             return;
         }
         let written = read(place).and_then(|bytes| converted(place, bytes)).and_then(|bytes| {
-            write_all_at(&self.file, &bytes, self.layout.start().saturating_add(place.offset))
+            place.checksum.store(Checksum::of_tensor(&place.name, &place.info, &bytes).0, Ordering::Relaxed);
+            write_all_at(&self.file, &bytes, self.start.saturating_add(place.offset))
                 .map_err(Error::io(&self.path))?;
             Ok(self.done.fetch_add(bytes.len() as u64, Ordering::Relaxed))
         });
@@ -269,7 +294,7 @@ fn fill(
     seen: bool,
     aside: impl Fn() -> Result<()>,
 ) -> Result<()> {
-    let total = output.layout.total();
+    let total = output.total();
     let progress = || (options.progress)(output.done.load(Ordering::Relaxed), total);
     let next = AtomicUsize::new(0);
     let work = || {
@@ -323,21 +348,21 @@ fn fill(
 
 /// A tensor's elements in the type that is written.
 fn converted<'b>(place: &Place, bytes: Cow<'b, [u8]>) -> Result<Cow<'b, [u8]>> {
-    if place.stored == place.dtype {
+    if place.stored == place.info.dtype {
         return Ok(bytes);
     }
     let values = widen(place.stored, &bytes);
-    let bytes: Vec<u8> = match place.dtype {
+    let bytes: Vec<u8> = match place.info.dtype {
         Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         Dtype::F64 => values.iter().flat_map(|&v| f64::from(v).to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect(),
         Dtype::Bf16 => values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect(),
     };
-    if let Ok(()) = check_finite(&place.name, place.dtype, &bytes) {
+    if let Ok(()) = check_finite(&place.name, place.info.dtype, &bytes) {
         Ok(bytes.into())
     } else {
         let largest = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        let why = format!("its largest value {largest} does not fit into {}", place.dtype.name());
+        let why = format!("its largest value {largest} does not fit into {}", place.info.dtype.name());
         Err(Error::tensor(&place.name, why))
     }
 }

@@ -20,6 +20,7 @@
 //! - [`VisionTransformer`]: the network, to run, look into ([`tap`]), resize ([`pos_embed`]) and train ([`finetune`]).
 //! - [`Config`] and [`names`]: every architecture as data. [`load`]: files and folders → both.
 
+pub mod checksum;
 pub mod config;
 pub mod cpu;
 mod error;

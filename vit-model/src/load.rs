@@ -15,7 +15,9 @@ use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 
 use crate::{
-    Config, Error, ModelInfo, Result, VisionTransformer, json, limits,
+    Config, Error, ModelInfo, Result, VisionTransformer,
+    checksum::{self, Checksum, Checksums},
+    json, limits,
     safetensors::Safetensors,
     weights::{Weights, candle_dtype},
 };
@@ -72,7 +74,7 @@ pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Checkpoint> {
     ours(Safetensors::from_bytes(name, bytes)?)
 }
 
-pub(crate) fn ours(file: Safetensors) -> Result<Checkpoint> {
+pub(crate) fn ours(mut file: Safetensors) -> Result<Checkpoint> {
     let path = file.path().to_owned();
     let Some(text) = file.metadata().get("config") else {
         return Err(Error::file(
@@ -80,20 +82,39 @@ pub(crate) fn ours(file: Safetensors) -> Result<Checkpoint> {
             "carries no configuration: it was not written by vit-convert. If it came with a config.json, name the folder that holds both",
         ));
     };
-    let info = document(text).map_err(|why| Error::file(&path, format!("its configuration {why}")))?;
+    let (info, checksums) = document(text).map_err(|why| Error::file(&path, format!("its configuration {why}")))?;
     if let Some(other) = file.others().first() {
         return Err(Error::file(&path, format!("tensor `{other}` is left over: not a tensor of weights")));
+    }
+    if let Some(checksums) = checksums {
+        file.expect(checksums);
     }
     Checkpoint::new(info, Arc::new(file)).map_err(|error| error.within(&path))
 }
 
-/// The document that a file of ours carries.
-fn document(text: &str) -> Result<ModelInfo, String> {
-    let value = json::parse(text.as_bytes())?;
+/// The document that a file of ours carries, and the checksums in it.
+fn document(text: &str) -> Result<(ModelInfo, Option<Checksums>), String> {
+    let mut value = json::parse(text.as_bytes())?;
     if let Some(version) = value.get("vit").filter(|version| **version != 1) {
         return Err(format!("is of version {version}, this program reads version 1: update it"));
     }
-    serde_json::from_value(value).map_err(|error| format!("cannot be understood: {error}"))
+    let understood = |error| format!("cannot be understood: {error}");
+    let checksums = value.as_object_mut().and_then(|document| document.remove(checksum::KEY));
+    let checksums: Option<Checksums> = checksums.map(serde_json::from_value).transpose().map_err(understood)?;
+    let info: ModelInfo = serde_json::from_value(value).map_err(understood)?;
+    if let Some(expected) = checksums.as_ref().map(|checksums| checksums.model) {
+        // a number that no model can have says more than a checksum
+        info.validate().map_err(|error| format!("is impossible: {error}"))?;
+        let found = Checksum::of_model(&info.model);
+        if found != expected {
+            return Err(format!(
+                "holds another `model` than was written: its checksum is {found}, expected {expected}. The file is damaged, \
+                 or was edited; convert or fetch it again (after a change on purpose, leave `{}` out)",
+                checksum::KEY
+            ));
+        }
+    }
+    Ok((info, checksums))
 }
 
 /// A whole small file.

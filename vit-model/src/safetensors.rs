@@ -6,6 +6,7 @@
 #![deny(clippy::as_conversions)]
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fmt,
     fs::{self, File},
@@ -15,9 +16,14 @@ use std::{
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::{
-    Error, Result, limits,
+    Error, Result,
+    checksum::{Checksums, KEY, Running},
+    limits,
     weights::{Dtype, ReadAt, TensorInfo, Weights, check_finite, too_short},
 };
+
+/// Bytes that are read at a time: few enough to be still in the cache when their checksum is computed.
+const BLOCK: usize = 256 << 10;
 
 /// A checked safetensors file.
 #[derive(Debug)]
@@ -32,6 +38,8 @@ pub struct Safetensors {
     places: BTreeMap<String, (usize, usize)>,
     others: Vec<String>,
     metadata: BTreeMap<String, String>,
+    /// What its document says that the tensors are.
+    checksums: Option<Checksums>,
 }
 
 #[derive(Debug)]
@@ -143,6 +151,7 @@ impl Safetensors {
             places: BTreeMap::new(),
             others: Vec::new(),
             metadata: header.metadata,
+            checksums: None,
         };
         file.add(header.entries, data_len)?;
         Ok(file)
@@ -186,6 +195,28 @@ impl Safetensors {
         Ok(())
     }
 
+    /// A tensor's checksum before its first byte, where the document has one to compare with.
+    fn running(&self, name: &str) -> Option<Running> {
+        self.checksums.as_ref().and(self.tensors.get(name)).map(|info| Running::new(name, info))
+    }
+
+    /// Whether a tensor is what the document says, after its last byte.
+    fn compare(&self, name: &str, running: &Running) -> Result<()> {
+        let (expected, found) = (self.checksums.as_ref().and_then(|all| all.tensors.get(name)), running.finish());
+        let why = match expected {
+            Some(&expected) if expected == found => return Ok(()),
+            Some(expected) => format!("its checksum is {found}, expected {expected}"),
+            None => "it has no checksum, and the others have".into(),
+        };
+        Err(self.damaged(
+            name,
+            &format!(
+                "is not what was written: {why}. The file is damaged, or was put together from others; convert or fetch it \
+                 again (after a change on purpose, leave `{KEY}` out of its configuration)"
+            ),
+        ))
+    }
+
     fn damaged(&self, name: &str, why: &str) -> Error {
         Error::file(&self.path, format!("tensor `{name}` {why}"))
     }
@@ -208,6 +239,11 @@ impl Safetensors {
         &self.others
     }
 
+    /// From now on a tensor that is not what its checksum says is an error.
+    pub(crate) fn expect(&mut self, checksums: Checksums) {
+        self.checksums = Some(checksums);
+    }
+
     /// Where it was opened.
     pub fn path(&self) -> &Path {
         &self.path
@@ -220,9 +256,19 @@ impl Weights for Safetensors {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let (start, len, dtype) = self.place(name)?;
+        let (mut at, len, dtype) = self.place(name)?;
+        let mut running = self.running(name);
         let mut out = vec![0; len];
-        self.source.read_exact_at(&mut out, start).map_err(Error::io(&self.path))?;
+        for part in out.chunks_mut(BLOCK) {
+            self.source.read_exact_at(part, at).map_err(Error::io(&self.path))?;
+            if let Some(running) = &mut running {
+                running.update(part);
+            }
+            at = at.saturating_add(part.len());
+        }
+        if let Some(running) = running {
+            self.compare(name, &running)?;
+        }
         check_finite(name, dtype, &out)?;
         Ok(out)
     }
@@ -230,11 +276,25 @@ impl Weights for Safetensors {
     fn stretches(&self, name: &str) -> Result<ReadAt<'_>> {
         let (start, len, dtype) = self.place(name)?;
         let name = name.to_owned();
+        // how far it was read in its order, while that goes; in another order it is read once more for its checksum
+        let order = RefCell::new(self.running(&name).map(|running| (0, running)));
         Ok(Box::new(move |at, out| {
-            if at.checked_add(out.len()).is_none_or(|end| end > len) {
+            let Some(end) = at.checked_add(out.len()).filter(|&end| end <= len) else {
                 return Err(too_short(&name, len));
-            }
+            };
             self.source.read_exact_at(out, start.saturating_add(at)).map_err(Error::io(&self.path))?;
+            if let Some((next, mut running)) = order.take() {
+                if at != next {
+                    self.read(&name)?;
+                } else {
+                    running.update(out);
+                    if end < len {
+                        order.replace(Some((end, running)));
+                    } else {
+                        self.compare(&name, &running)?;
+                    }
+                }
+            }
             // the whole tensor's error counts the elements from its beginning
             check_finite(&name, dtype, out).or_else(|error| self.read(&name).and(Err(error)))
         }))
