@@ -1,9 +1,12 @@
 //! The built programs over the fixtures, a file per topic.
 
+mod checkpoints;
 mod commands;
 mod digits;
 mod evaluator;
 mod exporters;
+#[cfg(unix)]
+mod external;
 mod folders;
 mod forward;
 #[cfg(feature = "hub")]

@@ -1,5 +1,8 @@
 //! The program vit-convert: what it writes where, and that the same input gives the same bytes.
 
+#[cfg(unix)]
+mod disk;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
