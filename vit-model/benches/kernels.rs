@@ -3,6 +3,9 @@
 //! Rows are the tokens of one image (197) and of eight (1576); `VIT_THREADS` sets the threads (default: the physical cores).
 //! A name is `kernel-precision/step/rows`, as in `cargo bench -p vit-model -- amx-bf16/`.
 
+// criterion's macro makes a public function without documentation
+#![allow(missing_docs)]
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vit_model::cpu::bench::{Step, Steps};
 use vit_model::cpu::{Isa, Precision, physical_cores};
