@@ -319,18 +319,13 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         }
         "Pow" => (|| {
             // the exponent may be of another type than the base
-            let (a, b) = (call.input(0)?, call.input(1)?);
-            match (&a.data, &b.data) {
-                (Data::Int(_), Data::F32(_) | Data::F64(_)) => {
-                    let raised = binary(&cast(a.clone(), DType::F64)?, &cast(b.clone(), DType::F64)?, "Pow")?;
-                    cast(raised, a.dtype)
-                }
-                _ => {
-                    let (a, b) = (a.clone(), cast(b.clone(), a.dtype)?);
-                    call.inputs.clear();
-                    combine(a, b, "Pow")
-                }
+            let (a, b) = (call.take(0)?, call.take(1)?);
+            if matches!((&a.data, &b.data), (Data::Int(_), Data::F32(_) | Data::F64(_))) {
+                let whole = a.dtype;
+                return cast(combine(cast(a, DType::F64)?, cast(b, DType::F64)?, "Pow")?, whole);
             }
+            let b = cast(b, a.dtype)?;
+            combine(a, b, "Pow")
         })(),
         "Mod" => (|| {
             let fmod = call.int("fmod", 0)? != 0;

@@ -173,7 +173,7 @@ pub(super) fn softmax(v: Value, log: bool) -> Res<Value> {
     let data = match data {
         Data::F32(mut x) => {
             let rows = Arc::make_mut(&mut x).par_chunks_mut(n).with_min_len(8);
-            rows.for_each(|row| math::wide(|| softmax_row(row, log)));
+            rows.for_each(|row| math::wide(|| math::softmax(row, log)));
             Data::F32(x)
         }
         Data::F64(mut x) => {
@@ -188,20 +188,6 @@ pub(super) fn softmax(v: Value, log: bool) -> Res<Value> {
         _ => return Err(format!("needs floats, found {dtype:?}")),
     };
     Ok(Value { dtype, dims, data }.rounded())
-}
-
-/// Softmax of one row.
-#[inline(always)]
-fn softmax_row(row: &mut [f32], log: bool) {
-    let top = f64::from(math::max(row));
-    if log {
-        let shift = top + math::sum(row, |x| math::exp(x - top)).ln();
-        row.iter_mut().for_each(|x| *x = (f64::from(*x) - shift) as f32);
-        return;
-    }
-    row.iter_mut().for_each(|x| *x = math::exp(f64::from(*x) - top) as f32);
-    let by = (1.0 / math::sum(row, |x| x)) as f32;
-    row.iter_mut().for_each(|x| *x *= by);
 }
 
 /// The rows of a value over its last axis brought to mean 0 (where `centred`) and mean square 1; also 1/σ and the mean.

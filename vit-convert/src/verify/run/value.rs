@@ -462,7 +462,7 @@ impl Walk {
     }
 
     /// Where a run begins.
-    #[inline(always)]
+    #[inline]
     fn at(&self, mut row: usize) -> (usize, usize) {
         let (mut x, mut y) = (0, 0);
         for &(d, sx, sy) in self.axes.iter().rev() {
