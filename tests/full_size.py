@@ -7,11 +7,13 @@ Needs torch, timm, onnx, onnxscript, safetensors, numpy (made with torch 2.15.0,
 the model twice (TorchScript exporter at opset 11, dynamo exporter at opset 18; 343 MB each) and checks for both:
 the converted tensors are the state dict's, bit for bit; logits and features within 1e-4 of PyTorch's, relative to the
 largest; private memory of a conversion without verification at most 64 MB; its time against `cp` + fsync of the same
-file in the same run (printed, and at most 1.5 times where --strict-time is given: another load on the machine spoils
-it); `summary --style torchsummary` is tests/fixtures/torchsummary/base.txt to the letter; `predict --format seed` prints
+file in the same run, and the time of one with verification, beyond that of the copy, in forward passes of one image (by
+`vit-cli bench` with its defaults, and with candle's modules); both are printed, and conditions (1.5 copies, 6 passes) where
+--strict-time is given: another load on the machine spoils them; `summary --style torchsummary` is tests/fixtures/torchsummary/base.txt to the letter; `predict --format seed` prints
 five lines. Exit status: 0 all good, 1 not.
 """
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -86,6 +88,13 @@ def seconds(command):
     return time.perf_counter() - start
 
 
+def forward(cli, model, *more):
+    """Seconds of one image, as `vit-cli bench` has them."""
+    command = [cli, "bench", model, "--batch", "1", "--threads", "2", "--iters", "5", "--json", *more]
+    p = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(p.stdout.splitlines()[-1])["median_ms"] / 1000
+
+
 def copy_and_sync(source, target):
     start = time.perf_counter()
     subprocess.run(["cp", source, target], check=True)
@@ -141,6 +150,16 @@ def judge(folder, name, programs, args):
         code, took, peak, err = peak_private([convert, onnx, out])
         check(f"{name}: verifies", code == 0, err.strip()[-300:] if code else f"{took:.1f} s")
         check(f"{name}: at most 1.2 GB of private memory with verification", peak <= 1200, f"{peak:.0f} MB")
+        rounds = []
+        for _ in range(args.runs):
+            out.unlink(missing_ok=True)
+            rounds.append((copy_and_sync(onnx, folder / "copy.tmp"), seconds([convert, onnx, out]),
+                           forward(cli, out), forward(cli, out, "--modules")))
+        copy, whole, passed, modules = (statistics.median(times) for times in zip(*rounds))
+        passes = (whole - copy) / passed
+        check(f"{name}: converts and verifies in a copy and 6 forward passes", passes <= 6 or not args.strict_time,
+              f"a copy and {passes:.1f} passes, {(whole - copy) / modules:.1f} of candle's modules ({whole:.2f} s, cp + fsync "
+              f"{copy:.2f} s, a pass {passed * 1000:.0f} ms, {modules * 1000:.0f} ms)")
 
     table = (HERE / "fixtures/torchsummary/base.txt").read_text()
     p = subprocess.run([cli, "summary", out, "--style", "torchsummary"], capture_output=True, text=True)
