@@ -4,7 +4,8 @@
   mutate.py --cases DIR [--bin target/debug] [--count 20000] [--seed 0] [--only GLOB]
 
 DIR holds `<name>/model.onnx` and `<name>/io.safetensors` with the input `x`, as tests/fixtures/zoo does. Conversions run
-with --no-verify, so that the importer stands alone; a wrong one is tried again with the proof, and both are counted.
+with --no-verify, so that the importer stands alone; a wrong one is tried again with the proof, and both are counted. The
+converted model answers in f32: it is the conversion that is judged, not a faster kernel's rounding.
 Needs numpy, onnx, onnxruntime and safetensors. Exit status 1 where one conversion is wrong.
 """
 import argparse, collections, fnmatch, math, os, random, subprocess, sys, tempfile, time
@@ -214,7 +215,7 @@ def main():
         if converts() != "yes": continue
         theirs = answers(path, options, x)
         if theirs is None: continue
-        p = subprocess.run([f"{args.bin}/vit-cli", "forward", out, "--input", f"{folder}/io.safetensors", "--tensor", "x", "--output", y], capture_output=True)
+        p = subprocess.run([f"{args.bin}/vit-cli", "forward", out, "--input", f"{folder}/io.safetensors", "--tensor", "x", "--output", y, "--precision", "f32"], capture_output=True)
         if p.returncode or far(load_file(y), theirs) > 2e-5: continue
         models[name] = (model.SerializeToString(), x, f"{folder}/io.safetensors")
     names = sorted(models)
@@ -247,7 +248,7 @@ def main():
             else:
                 print("UNJUDGED", name, what, flush=True)
             continue
-        p = subprocess.run([f"{args.bin}/vit-cli", "forward", out, "--input", io, "--tensor", "x", "--output", y], capture_output=True)
+        p = subprocess.run([f"{args.bin}/vit-cli", "forward", out, "--input", io, "--tensor", "x", "--output", y, "--precision", "f32"], capture_output=True)
         d = math.inf if p.returncode else far(load_file(y), theirs)
         if d <= 2e-5:
             tally["converted, right"] += 1
