@@ -8,7 +8,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
@@ -215,6 +215,8 @@ struct Output {
     start: u64,
     /// Tensors that are written, or that a thread is busy with.
     taken: Vec<AtomicBool>,
+    /// Held by the thread that writes: the system lets one at a time, and the others would spin for it.
+    writing: Mutex<()>,
     /// Bytes that are written.
     done: AtomicU64,
     failed: AtomicBool,
@@ -234,7 +236,8 @@ impl Output {
         let file = begin().map_err(Error::io(path))?;
         let taken = layout.places.iter().map(|_| AtomicBool::new(false)).collect();
         let (done, failed) = (AtomicU64::new(start), AtomicBool::new(false));
-        Ok(Self { path: path.into(), file, layout, start, taken, done, failed, failure: Mutex::new(None) })
+        let (writing, failure) = (Mutex::new(()), Mutex::new(None));
+        Ok(Self { path: path.into(), file, layout, start, taken, writing, done, failed, failure })
     }
 
     fn total(&self) -> u64 {
@@ -249,6 +252,7 @@ impl Output {
         }
         let written = read(place).and_then(|bytes| converted(place, bytes)).and_then(|bytes| {
             place.checksum.store(Checksum::of_tensor(&place.name, &place.info, &bytes).0, Ordering::Relaxed);
+            let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
             write_all_at(&self.file, &bytes, self.start.saturating_add(place.offset))
                 .map_err(Error::io(&self.path))?;
             Ok(self.done.fetch_add(bytes.len() as u64, Ordering::Relaxed))
@@ -256,9 +260,8 @@ impl Output {
         if let Err(error) = written {
             self.failed.store(true, Ordering::Relaxed);
             // the first in order, so that the message does not depend on the threads either
-            if let Ok(mut first) = self.failure.lock()
-                && first.as_ref().is_none_or(|(before, _)| at < *before)
-            {
+            let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|(before, _)| at < *before) {
                 *first = Some((at, error));
             }
         }
@@ -340,10 +343,8 @@ fn fill(
         }
         done
     })?;
-    match output.failure.lock() {
-        Ok(mut first) => first.take().map_or(Ok(()), |(_, error)| Err(error)),
-        Err(_) => Err(Error::file(&output.path, "was not written: a thread failed")),
-    }
+    let first = output.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+    first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
 /// A tensor's elements in the type that is written.

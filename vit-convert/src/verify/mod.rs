@@ -157,9 +157,15 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
         approximation: None,
     };
     for input in inputs::plan(graph, config, reading, large)? {
-        let ours = Answers::of(model, &input.pixels, input.batch)?;
         let arithmetic = if format == Format::F32 { Arithmetic::AsStored } else { Arithmetic::Ideal };
-        let theirs = run::run_watched(graph, input.values.clone(), arithmetic, &mut |_, _| {})?;
+        // at once: what one of them leaves of the processor, waiting for its threads, the other takes
+        let (ours, theirs) = std::thread::scope(|scope| {
+            let values = input.values.clone();
+            let theirs = scope.spawn(|| run::run_watched(graph, values, arithmetic, &mut |_, _| {}));
+            let ours = Answers::of(model, &input.pixels, input.batch);
+            (ours, theirs.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let (ours, theirs) = (ours?, theirs?);
         proof.inputs += input.batch;
         for (declared, value) in graph.outputs.iter().zip(&theirs) {
             let name = graph.names.get(declared.id as usize).cloned().unwrap_or_default();
