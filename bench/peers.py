@@ -350,12 +350,12 @@ def cold(folder, size):
     return reference, rows
 
 
-def speed_table(speeds):
-    """Names → figures at every batch size, the fastest at the first of them first."""
+def speed_table(speeds, markdown):
+    """Names → figures at every batch size, the fastest at the first of them first; the README's has the medians alone."""
     reference = next((name for name in next(iter(speeds.values())) if name == A.reference), next(iter(next(iter(speeds.values())))))
     head = [""]
     for batch in speeds:
-        head += [f"batch {batch}: ms", "fastest", "images/s", f"÷ {reference}"]
+        head += [f"batch {batch}: ms", *([] if markdown else ["fastest"]), "images/s", f"÷ {reference}"]
     head.append("logit error")
     first = next(iter(speeds.values()))
     rows = []
@@ -363,8 +363,9 @@ def speed_table(speeds):
         row, errors = [name], []
         for batch, figures in speeds.items():
             f = figures.get(name)
-            row += ["", "", "", ""] if f is None else [f"{f['median']:.1f}", f"{f['fastest']:.1f}",
-                                                       f"{batch * 1e3 / f['median']:.1f}", f"{f['ratio']:.2f}"]
+            cells = [""] * 4 if f is None else [f"{f['median']:.1f}", f"{f['fastest']:.1f}",
+                                                f"{batch * 1e3 / f['median']:.1f}", f"{f['ratio']:.2f}"]
+            row += cells[:1] + cells[2:] if markdown else cells
             errors += [f["error"]] if f and f["error"] is not None else []
         rows.append([*row, f"{max(errors):.1e}" if errors else ""])
     return head, rows
@@ -430,8 +431,8 @@ def main():
     markdown, text = A.markdown or A.readme, []
     if speeds:
         rounds = min(len(figures["rounds"]) for batch in speeds.values() for figures in batch.values())
-        text += [f"{A.model} on {A.threads} threads of an {cpu()}; {rounds} rounds of {A.iters} calls, interleaved; medians.", "",
-                 *lines(*speed_table(speeds), markdown), ""]
+        text += [f"{A.model}, {A.threads} threads, {cpu()}; {rounds} rounds of {A.iters} calls, interleaved; medians.", "",
+                 *lines(*speed_table(speeds, markdown), markdown), ""]
     if colds:
         text += [f"Process start to the printed answer for one image, weights of {megabytes:.0f} MB in the page cache (vit-cli's "
                  "time includes decoding a JPEG; the others read the tensor):", "",
