@@ -1,12 +1,13 @@
 //! Files that change while they are read, and files broken at random: an error, never a panic, a hang or a wrong answer.
 
 use std::fs::{self, File};
+use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use vit_convert::{Options, convert};
 use vit_model::{Weights as _, safetensors::Safetensors};
 
-use crate::support::{Parts, Random, root, write_to};
+use crate::support::{Done, Parts, Random, finish, root, vit_cli, write_to};
 
 fn zoo(case: &str) -> std::path::PathBuf {
     root().join("tests/fixtures/zoo").join(case).join("model.onnx")
@@ -61,6 +62,34 @@ fn a_checkpoint_that_becomes_shorter_while_it_is_read_is_an_error() {
     let failed = names.iter().filter_map(|name| file.read(name).err()).map(|error| error.to_string());
     let failed: Vec<String> = failed.collect();
     assert!(failed.len() >= names.len() - 1 && failed.iter().all(|said| said.contains("m.safetensors")), "{failed:?}");
+}
+
+/// Cut at any moment: the answer of the whole file, or an error that names it; never a signal, as under a map.
+#[test]
+fn a_model_that_is_cut_during_a_run_is_an_error_or_was_read() {
+    let whole = fs::read(root().join("weights/digits/model.safetensors")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let sample = root().join("weights/digits/samples/3.png");
+    let mut command = vit_cli();
+    command.args(["predict", "--format", "csv", "--model"]).arg(&path).arg(&sample);
+    fs::write(&path, &whole).unwrap();
+    let answer = finish(&mut command).good();
+    let mut failed = 0;
+    for step in 0..24 {
+        fs::write(&path, &whole).unwrap();
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(step * 500));
+        File::options().write(true).open(&path).unwrap().set_len(whole.len() as u64 / 2).unwrap();
+        let done = Done::from(child.wait_with_output().unwrap());
+        if done.code == Some(0) {
+            assert_eq!(done.stdout, answer, "step {step}");
+        } else {
+            failed += 1;
+            done.bad(2, &["m.safetensors"]);
+        }
+    }
+    assert!(failed > 0, "never cut in time");
 }
 
 impl Random {
