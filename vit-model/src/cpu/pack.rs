@@ -5,6 +5,8 @@
 //! `[panel][chunk][run][16][column of the run]`, in bf16 with pairs along K side by side as the dot-product
 //! instructions want them. Padding is zero.
 
+use std::ops::Range;
+
 use super::buffer::Buffer;
 use super::simd::Simd;
 use crate::weights::widen;
@@ -365,7 +367,7 @@ impl Linear {
             let info = expect(weights, &weight, |shape| {
                 shape.split_first().is_some_and(|(&n, rest)| n == rows && count(rest) == Some(source.k))
             })?;
-            matrix.push((weight.clone(), info, weights.read(&weight)?));
+            matrix.push((weights.stretches(&weight)?, info, weight));
             if source.bias {
                 bias.extend(vector(weights, &format!("{name}.bias"), rows)?);
             }
@@ -375,41 +377,41 @@ impl Linear {
         if let Some(scale) = &scale {
             bias.iter_mut().zip(scale).for_each(|(b, s)| *b *= s);
         }
-        Self::pack(source, shape, &bias, into, |row, out| {
-            let (name, dtype, bytes) = &matrix[row / rows];
+        let mut bytes = Vec::new(); // of one run of rows: it stays in the cache until they are packed
+        Self::pack(source, shape, &bias, into, |run, out, stride| {
+            let (read, dtype, name) = &matrix[run.start / rows];
             let width = source.k * dtype.size();
-            let at = row % rows * width;
-            let Some(bytes) = bytes.get(at..at + width) else {
-                return Err(Error::tensor(name, format!("holds {} bytes, fewer than its shape says", bytes.len())));
-            };
-            match dtype {
-                crate::Dtype::F32 => out
-                    .iter_mut()
-                    .zip(bytes.chunks_exact(4))
-                    .for_each(|(x, b)| *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-                _ => out.copy_from_slice(&widen(*dtype, bytes)),
-            }
-            if !finite(out) {
-                return Err(Error::tensor(name, NOT_FINITE));
-            }
-            if let Some(scale) = &scale {
-                for x in out {
-                    *x *= scale[row];
+            bytes.resize(run.len() * width, 0);
+            read(run.start % rows * width, &mut bytes)?;
+            for ((row, bytes), out) in run.zip(bytes.chunks_exact(width)).zip(out.chunks_mut(stride)) {
+                let out = &mut out[..source.k];
+                match dtype {
+                    crate::Dtype::F32 => {
+                        (out.iter_mut().zip(bytes.as_chunks().0)).for_each(|(x, &b)| *x = f32::from_le_bytes(b));
+                    }
+                    _ => out.copy_from_slice(&widen(*dtype, bytes)),
+                }
+                if !finite(out) {
+                    return Err(Error::tensor(name, NOT_FINITE));
+                }
+                if let Some(scale) = &scale {
+                    out.iter_mut().for_each(|x| *x *= scale[row]);
                 }
             }
             Ok(())
         })
     }
 
-    /// Packs the rows that `read` writes, one of `k` values at a time.
+    /// Packs the rows that `read` writes: some that follow each other, of `k` values, each so far from the one before.
     pub(crate) fn pack(
         source: &Source,
         shape: Shape,
         bias: &[f32],
         into: Option<Self>,
-        mut read: impl FnMut(usize, &mut [f32]) -> Result<()>,
+        mut read: impl FnMut(Range<usize>, &mut [f32], usize) -> Result<()>,
     ) -> Result<Self> {
         let (n, k, gated) = (source.n, source.k, source.gated);
+        let part = n / (1 + usize::from(source.second.is_some())); // rows of each tensor
         let (cols, chunks) = (shape.cols, k.div_ceil(shape.elements.chunk()));
         let count = n.div_ceil(cols);
         let panel_bytes = chunks * cols * shape.elements.column_bytes();
@@ -426,17 +428,24 @@ impl Linear {
         let width = chunks * shape.elements.chunk();
         let mut rows = vec![0f32; cols * width];
         for panel in 0..count {
-            for column in 0..cols {
-                let row = this.output(panel * cols + column);
-                let out = &mut rows[column * width..][..width];
-                match row {
-                    Some(row) => read(row, &mut out[..k])?,
-                    None => out.fill(0.0),
-                }
-                if let Some(row) = row {
+            let mut column = 0;
+            while column < cols {
+                let output = |column| this.output(panel * cols + column);
+                let Some(first) = output(column) else {
+                    rows[column * width..][..width].fill(0.0);
+                    column += 1;
+                    continue;
+                };
+                // no run goes past the layer that its first row is of
+                let more = |n: &usize| output(column + n) == Some(first + n) && !(first + n).is_multiple_of(part);
+                let run = first..first + 1 + (1..cols - column).take_while(more).count();
+                for (i, row) in run.clone().enumerate() {
                     // SAFETY: the buffer has a bias for every column, and is ours alone
-                    unsafe { *this.bias.ptr().cast::<f32>().add(panel * cols + column) = bias[row] };
+                    unsafe { *this.bias.ptr().cast::<f32>().add(panel * cols + column + i) = bias[row] };
                 }
+                let next = column + run.len();
+                read(run, &mut rows[column * width..next * width], width)?;
+                column = next;
             }
             // SAFETY: `rows` has `cols` rows of `chunks` chunks, and the buffer this panel; it is ours alone
             unsafe {
@@ -501,33 +510,61 @@ pub(crate) unsafe fn pack_panel(
     let (cols, run) = (shape.cols, shape.run);
     // SAFETY: the caller's; every offset below is inside a panel as the module's head describes it
     unsafe {
-        for chunk in 0..chunks {
-            for column in 0..columns {
-                let (half, lane) = (column / run, column % run);
-                let row = from.add(column * stride + chunk * shape.elements.chunk());
-                match shape.elements {
-                    Elements::F32 => {
-                        let to = to.cast::<f32>().add(chunk * cols * 16 + half * run * 16 + lane);
-                        (0..16).for_each(|k| *to.add(k * run) = *row.add(k));
+        let (size, planes) = (shape.elements.column_bytes(), shape.elements.planes());
+        for (chunk, first) in (0..chunks).flat_map(|chunk| (0..columns).step_by(run).map(move |first| (chunk, first))) {
+            let from = from.add(first * stride + chunk * shape.elements.chunk());
+            let to = to.add(chunk * cols * size + first * size / planes);
+            let lanes = run.min(columns - first);
+            // written in order: what is written to memory counts, what is read is in the first-level cache
+            match shape.elements {
+                Elements::F32 => {
+                    let to = to.cast::<f32>();
+                    for k in 0..16 {
+                        (0..lanes).for_each(|lane| *to.add(k * run + lane) = *from.add(lane * stride + k));
                     }
-                    Elements::Widened => {
-                        let to = to.cast::<u16>().add(chunk * cols * 16 + half * run * 16 + lane);
-                        (0..16).for_each(|k| *to.add(k * run) = bf16(*row.add(k)));
+                }
+                Elements::Widened => {
+                    let to = to.cast::<u16>();
+                    for k in 0..16 {
+                        (0..lanes).for_each(|lane| *to.add(k * run + lane) = bf16(*from.add(lane * stride + k)));
                     }
-                    Elements::Bf16 => {
-                        let to = to.cast::<u16>().add(chunk * cols * 32 + half * run * 32 + lane * 2);
-                        (0..32).for_each(|k| *to.add(k / 2 * run * 2 + k % 2) = bf16(*row.add(k)));
-                    }
-                    Elements::Bf16x3 => {
-                        let to = to.cast::<u16>().add(chunk * cols * 64 + half * run * 32 + lane * 2);
-                        for k in 0..32 {
-                            let (x, to) = (*row.add(k), to.add(k / 2 * run * 2 + k % 2));
-                            *to = bf16(x);
-                            *to.add(cols * 32) = bf16(x - f32::from_bits(u32::from(*to) << 16));
+                }
+                Elements::Bf16 | Elements::Bf16x3 => {
+                    for lane in (0..lanes).step_by(16) {
+                        let (from, to) = (from.add(lane * stride), to.cast::<u32>().add(lane));
+                        let lanes = 16.min(lanes - lane);
+                        let mut rows = [[0f32; 32]; 16];
+                        (0..lanes).for_each(|lane| rows[lane] = *from.add(lane * stride).cast());
+                        put_pairs(&rows[..lanes], to, run);
+                        if planes == 2 {
+                            rows.as_flattened_mut()
+                                .iter_mut()
+                                .for_each(|x| *x -= f32::from_bits(u32::from(bf16(*x)) << 16));
+                            put_pairs(&rows[..lanes], to.add(cols * 16), run);
                         }
                     }
                 }
             }
+        }
+    }
+}
+
+/// Writes 32 values of some columns in bf16: pairs along K, a row of `run` columns after the other.
+///
+/// # Safety
+/// `to` is valid for writing 16 such rows.
+#[inline(always)]
+unsafe fn put_pairs(columns: &[[f32; 32]], to: *mut u32, run: usize) {
+    let mut pairs = [[0; 16]; 16];
+    for (pairs, column) in pairs.iter_mut().zip(columns) {
+        for (pair, [low, high]) in pairs.iter_mut().zip(column.as_chunks().0) {
+            *pair = u32::from(bf16(*low)) | u32::from(bf16(*high)) << 16;
+        }
+    }
+    for k in 0..16 {
+        for (lane, pairs) in pairs[..columns.len()].iter().enumerate() {
+            // SAFETY: the caller's
+            unsafe { *to.add(k * run + lane) = pairs[k] };
         }
     }
 }
