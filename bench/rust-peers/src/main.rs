@@ -129,7 +129,7 @@ fn rten(args: &Args) -> Result<Run> {
     // packing costs more than one run gains
     options.prepack_weights(args.warmup + args.iters > 1);
     let model = options.load_file(args.folder.join("model.onnx"))?;
-    let run = move |pixels: &[f32]| {
+    let run = move |pixels: &[f32]| -> Result<Vec<f32>> {
         let x = NdTensor::from_data(shape, pixels.to_vec());
         let answer: Value = model.run_one(x.view().into(), None)?;
         let logits: NdTensor<f32, 2> = answer.try_into().map_err(|e| anyhow::anyhow!("{e:?}"))?;
@@ -150,7 +150,7 @@ fn tract(args: &Args) -> Result<Run> {
         .with_input_fact(0, f32::fact(shape).into())?
         .into_optimized()?
         .into_runnable()?;
-    let run = move |pixels: &[f32]| {
+    let run = move |pixels: &[f32]| -> Result<Vec<f32>> {
         let x = Tensor::from_shape(&shape, pixels)?;
         let answer = model.run(tvec!(x.into()))?;
         Ok(answer[0].to_plain_array_view::<f32>()?.iter().copied().collect())
@@ -224,7 +224,7 @@ fn candle(args: &Args) -> Result<Run> {
     let classes = size("classifier.weight", 0)?;
     let model = vit::Model::new(&config, classes, VarBuilder::from_tensors(renamed, DType::F32, &Device::Cpu))?;
     let batch = args.batch;
-    let run = move |pixels: &[f32]| {
+    let run = move |pixels: &[f32]| -> Result<Vec<f32>> {
         let x = Tensor::from_slice(pixels, (batch, 3, side, side), &Device::Cpu)?;
         Ok(model.forward(&x)?.flatten_all()?.to_vec1()?)
     };
