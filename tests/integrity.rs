@@ -14,7 +14,7 @@ fn digits() -> Parts {
 }
 
 /// What each reader says: the tensors one by one, the candle modules, the engine that packs in parallel, the program.
-fn complaints(file: Parts) -> Vec<String> {
+fn complaints(file: &Parts) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.safetensors");
     fs::write(&path, file.bytes()).unwrap();
@@ -41,7 +41,7 @@ fn complaints(file: Parts) -> Vec<String> {
 
 /// `parts` are in every complaint; there is one of each reader, and of `tensors` tensors.
 #[track_caller]
-fn refused(file: Parts, tensors: usize, parts: &[&str]) {
+fn refused(file: &Parts, tensors: usize, parts: &[&str]) {
     let said = complaints(file);
     assert_eq!(said.len(), if tensors == 0 { 1 } else { tensors + 3 }, "{said:#?}");
     for part in parts {
@@ -51,7 +51,7 @@ fn refused(file: Parts, tensors: usize, parts: &[&str]) {
 
 #[test]
 fn a_file_as_it_was_written_is_good() {
-    assert_eq!(complaints(digits()), Vec::<String>::new());
+    assert_eq!(complaints(&digits()), Vec::<String>::new());
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn one_wrong_bit_is_found_in_any_tensor() {
     let last = file.data.len() - 4;
     let name = names.iter().max_by_key(|name| good.range(name).start).unwrap();
     file.data[last] ^= 1;
-    refused(file, 1, &["m.safetensors", name, "checksum"]);
+    refused(&file, 1, &["m.safetensors", name, "checksum"]);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn tensors_of_equal_shape_under_each_others_names_are_found() {
         let mut file = digits();
         let (first, second) = (file.header[a].clone(), file.header[b].clone());
         (file.header[a], file.header[b]) = (second, first);
-        refused(file, 2, &["m.safetensors", "is not what was written", "checksum"]);
+        refused(&file, 2, &["m.safetensors", "is not what was written", "checksum"]);
     }
 }
 
@@ -104,12 +104,12 @@ fn another_shape_is_found() {
     let name = "blocks.0.mlp.fc1.weight";
     let mut file = digits();
     file.header[name]["shape"].as_array_mut().unwrap().reverse();
-    refused(file, 0, &["m.safetensors", name, "expected the shape [256, 64], found [64, 256]"]);
+    refused(&file, 0, &["m.safetensors", name, "expected the shape [256, 64], found [64, 256]"]);
 
     // as many patches, in another grid
     let mut file = digits();
     file.document["model"]["img_size"] = serde_json::json!([16, 64]);
-    refused(file, 0, &["m.safetensors", "another `model` than was written"]);
+    refused(&file, 0, &["m.safetensors", "another `model` than was written"]);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn the_weights_of_another_model_are_found() {
         *value = (f32::from_le_bytes(*value) * 0.5).to_le_bytes();
     }
     let tensors = file.names().len();
-    refused(file, tensors, &["m.safetensors", "is not what was written"]);
+    refused(&file, tensors, &["m.safetensors", "is not what was written"]);
 }
 
 #[test]
@@ -131,10 +131,10 @@ fn another_architecture_over_the_same_tensors_is_found() {
         let mut file = digits();
         assert_ne!(file.document["model"][key], value);
         file.document["model"][key] = value;
-        refused(file.clone(), 0, &["m.safetensors", "`model`", "checksum", "xxh3"]);
+        refused(&file, 0, &["m.safetensors", "`model`", "checksum", "xxh3"]);
         // without checksums it is a model like any other
         file.without_checksums();
-        assert_eq!(complaints(file), Vec::<String>::new(), "{key}");
+        assert_eq!(complaints(&file), Vec::<String>::new(), "{key}");
     }
 }
 
@@ -144,15 +144,15 @@ fn checksums_cover_what_they_say_and_are_whole() {
     let mut file = digits();
     file.document["labels"][0] = "nought".into();
     file.document["preprocess"]["crop_pct"] = 0.9.into();
-    assert_eq!(complaints(file), Vec::<String>::new());
+    assert_eq!(complaints(&file), Vec::<String>::new());
 
     let mut file = digits();
     file.document["xxh3"]["tensors"].as_object_mut().unwrap().remove("head.bias").unwrap();
-    refused(file, 1, &["head.bias", "no checksum"]);
+    refused(&file, 1, &["head.bias", "no checksum"]);
     for bad in [Value::Null, 7.into(), "0".repeat(16).into(), serde_json::json!({ "model": "0123456789abcdef" })] {
         let mut file = digits();
         file.document["xxh3"] = bad;
-        refused(file, 0, &["m.safetensors", "cannot be understood"]);
+        refused(&file, 0, &["m.safetensors", "cannot be understood"]);
     }
 }
 

@@ -180,7 +180,8 @@ impl Layout {
             let entry = json!({ "dtype": info.dtype.name(), "shape": info.shape, "data_offsets": [offset, end] });
             (name.clone(), entry)
         });
-        let mut header: Map<String, Value> = [("__metadata__".to_owned(), Value::Null)].into_iter().chain(entries).collect();
+        let mut header: Map<String, Value> =
+            [("__metadata__".to_owned(), Value::Null)].into_iter().chain(entries).collect();
         let mut with = |info: Option<&ModelInfo>| -> Result<Vec<u8>> {
             let mut metadata = json!({ "format": "pt" });
             if let Some(info) = info {
@@ -253,8 +254,7 @@ impl Output {
         let written = read(place).and_then(|bytes| converted(place, bytes)).and_then(|bytes| {
             place.checksum.store(Checksum::of_tensor(&place.name, &place.info, &bytes).0, Ordering::Relaxed);
             let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            write_all_at(&self.file, &bytes, self.start.saturating_add(place.offset))
-                .map_err(Error::io(&self.path))?;
+            write_all_at(&self.file, &bytes, self.start.saturating_add(place.offset)).map_err(Error::io(&self.path))?;
             Ok(self.done.fetch_add(bytes.len() as u64, Ordering::Relaxed))
         });
         if let Err(error) = written {

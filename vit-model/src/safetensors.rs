@@ -284,15 +284,15 @@ impl Weights for Safetensors {
             };
             self.source.read_exact_at(out, start.saturating_add(at)).map_err(Error::io(&self.path))?;
             if let Some((next, mut running)) = order.take() {
-                if at != next {
-                    self.read(&name)?;
-                } else {
+                if at == next {
                     running.update(out);
                     if end < len {
                         order.replace(Some((end, running)));
                     } else {
                         self.compare(&name, &running)?;
                     }
+                } else {
+                    self.read(&name)?;
                 }
             }
             // the whole tensor's error counts the elements from its beginning

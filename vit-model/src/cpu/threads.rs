@@ -133,7 +133,7 @@ impl Pool {
     pub(crate) fn run(&self, job: &(dyn Fn(&Worker<'_>) + Sync)) {
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        let last_odd = shared.barrier.phase.load(SeqCst) % 2 == 0;
+        let last_odd = shared.barrier.phase.load(SeqCst).is_multiple_of(2);
         for share in &shared.shares {
             share.0.store(Share::pack(last_odd, 0, 0), SeqCst);
         }
