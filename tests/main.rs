@@ -18,5 +18,6 @@ mod onnx;
 mod parity;
 mod predict;
 mod process;
+mod quantised;
 mod robustness;
 mod support;

@@ -73,6 +73,96 @@ fn without_the_proof_the_file_says_so() {
     assert_eq!(vit_model::load::open(&file).unwrap().info.verified, Some(serde_json::json!(false)));
 }
 
+/// A checkpoint as the input: the same model in another form.
+#[test]
+fn a_checkpoint_is_written_in_another_form() {
+    let out = tempfile::tempdir().unwrap();
+    let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity");
+    let convert = |input: &Path, output: &str, more: &[&str]| {
+        let output = out.path().join(output);
+        let done = vit_convert().arg(input).arg(&output).args(more).output().expect("the program starts");
+        (done.status.code(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned(), output)
+    };
+    let values = |path: &Path, name: &str| vit_model::load::open(path).unwrap().weights.read_f32(name).unwrap();
+    for case in ["timm/vit_base_patch16_siglip_224", "hf/dinov2_cls"] {
+        let folder = parity.join(case);
+        let (code, said, file) = convert(&folder, "m.safetensors", &[]);
+        assert_eq!(code, Some(0), "{said}");
+        let (before, after) = (vit_model::load::open(&folder).unwrap(), vit_model::load::open(&file).unwrap());
+        assert_eq!(before.info, after.info, "{case}");
+        for name in before.weights.tensors().keys() {
+            assert_eq!(before.weights.read_f32(name).unwrap(), after.weights.read_f32(name).unwrap(), "{case}: {name}");
+        }
+        let (code, said, halves) = convert(&file, "h.safetensors", &["--dtype", "f16"]);
+        assert_eq!(code, Some(0), "{said}");
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= a.abs() / 1024.0 + 1e-7;
+        assert!(values(&file, "pos_embed").iter().zip(&values(&halves, "pos_embed")).all(near));
+        let (code, said, _) = convert(&file, "timm/", &["--force"]);
+        assert!(code == Some(0) || said.contains("timm has no"), "{said}");
+        // what it would overwrite
+        let (code, said, _) = convert(&file, "m.safetensors", &[]);
+        assert!(code == Some(2) && said.contains("is the input"), "{said}");
+    }
+    let (code, said, _) = convert(&parity.join("hf/vit_cls"), "v.safetensors", &["--img-size", "32"]);
+    assert!(code == Some(2) && said.contains("are for ONNX files"), "{said}");
+    let copy = out.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(parity.join("timm/test_vit4").join(name), copy.join(name)).unwrap();
+    }
+    for output in ["copy/", "copy/model.safetensors", "copy/../copy/new.safetensors"] {
+        let (code, said, _) = convert(&copy, output, &["--force"]);
+        assert!(code == Some(2) && said.contains("in the folder that is read"), "{output}: {said}");
+    }
+}
+
+#[test]
+fn q8_is_a_gguf_file_and_says_what_it_costs() {
+    let out = tempfile::tempdir().unwrap();
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/digits/model.onnx");
+    let convert = |output: &str, more: &[&str]| {
+        let output = out.path().join(output);
+        let done = vit_convert().arg(&digits).arg(&output).args(["--dtype", "q8"]).args(more).output().unwrap();
+        (done.status.code(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned(), output)
+    };
+    let (code, said, gguf) = convert("m.gguf", &[]);
+    assert!(code == Some(0) && said.contains("q8: 4 inputs") && said.contains("4 of 4"), "{said}");
+    let checkpoint = vit_model::load::open(&gguf).unwrap();
+    let moved = &checkpoint.info.verified.as_ref().unwrap()["q8_0"];
+    assert!(moved["max_rel"].as_f64().unwrap() < 0.02 && moved["top1_equal"] == serde_json::json!([4, 4]), "{moved}");
+    assert!(checkpoint.weights.is_q8_0("head.weight") && !checkpoint.weights.is_q8_0("patch_embed.proj.weight"));
+    let (code, _, unproven) = convert("n.gguf", &["--no-verify"]);
+    assert_eq!(
+        (code, vit_model::load::open(&unproven).unwrap().info.verified),
+        (Some(0), Some(serde_json::json!(false)))
+    );
+    for bad in ["m.safetensors", "folder/"] {
+        let (code, said, path) = convert(bad, &[]);
+        assert!(code == Some(2) && said.contains(".gguf") && !path.exists(), "{said}");
+    }
+    // without blocks it is proven and hashed while it is written, as any other file
+    let plain = out.path().join("plain.gguf");
+    let done = run(vit_convert().arg(&digits).arg(&plain));
+    assert_eq!(done, (Some(0), String::new()));
+    let plain = vit_model::load::open(&plain).unwrap();
+    assert!(
+        plain.info.verified.unwrap().is_object() && plain.info.source["sha256"] == checkpoint.info.source["sha256"]
+    );
+    let exact = vit_model::load::open(&digits.with_extension("safetensors")).unwrap().weights;
+    for name in exact.tensors().keys() {
+        assert!(!plain.weights.is_q8_0(name), "{name}");
+        assert_eq!(plain.weights.read(name).unwrap(), exact.read(name).unwrap(), "{name}");
+    }
+    // and back: the values that the blocks stand for
+    let back = out.path().join("back.safetensors");
+    let done = run(vit_convert().arg(&gguf).arg(&back));
+    assert_eq!(done, (Some(0), String::new()));
+    let back = vit_model::load::open(&back).unwrap();
+    for name in back.weights.tensors().keys() {
+        assert_eq!(back.weights.read_f32(name).unwrap(), checkpoint.weights.read_f32(name).unwrap(), "{name}");
+    }
+}
+
 /// Threads, locale, time zone and the folder that it runs in must not show in the bytes.
 #[test]
 fn the_same_input_gives_the_same_bytes() {

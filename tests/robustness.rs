@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use vit_convert::{Options, convert};
+use vit_convert::{Options, convert, write};
 use vit_model::{Weights as _, safetensors::Safetensors};
 
 use crate::support::{Done, Parts, Random, finish, root, vit_cli, write_to};
@@ -227,6 +227,24 @@ fn broken_checkpoints_are_errors() {
         fs::write(&path, bytes).unwrap();
         let Ok(file) = Safetensors::open(&path) else { return false };
         file.tensors().keys().all(|name| file.read(name).is_ok())
+    });
+}
+
+#[test]
+fn broken_gguf_files_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    let seeds = ["timm-base-d18-fused", "hf-clip-l17-sdpa", "timm-swiglu-l16"].map(|case| {
+        let mut converted = convert(&zoo(case), &Options { verify: false, ..Options::default() }).unwrap();
+        converted.quantise().unwrap();
+        let options = write::Options { dtype: None, threads: 1, pending: None, inputs: &[], progress: &|_, _| () };
+        write::gguf(&path, &converted.info, converted.weights.as_ref(), &options).unwrap();
+        fs::read(&path).unwrap()
+    });
+    feed("gguf", 4000, &seeds, |bytes| {
+        fs::write(&path, bytes).unwrap();
+        let Ok(checkpoint) = vit_model::load::open(&path) else { return false };
+        checkpoint.weights.tensors().keys().all(|name| checkpoint.weights.read_f32(name).is_ok())
     });
 }
 

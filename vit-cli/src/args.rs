@@ -12,6 +12,7 @@ const MODEL_FORMS: &str = "\
 A MODEL is any of
   digits                      the small model inside this program (handwritten digits)
   model.safetensors           a file that vit-convert wrote
+  model.gguf                  one with weights in Q8_0 (vit-convert --dtype q8)
   folder/                     model.safetensors with a timm or Hugging Face config.json
   model.onnx                  an ONNX export of a ViT, converted in memory
   timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, google/vit-base-patch16-224@main

@@ -48,7 +48,7 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
     let backend = predictor.backend();
     let what = json!({
         "model": args.model.to_string_lossy(), "batch": batch, "threads": backend.threads, "kernel": backend.kernel,
-        "precision": backend.precision, "why": backend.why,
+        "precision": backend.precision, "quantised": backend.quantised, "why": backend.why,
     });
     let record = record(what, batch, &[load_ms], &times);
 
@@ -62,6 +62,9 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
         out.line(&format!("{}: {kernel} {precision}, {threads} threads, batch {batch}", show(&args.model)))?;
         out.line(&format!("load    {load_ms:>10.2} ms"))?;
         out.line(&format!("median  {median:>10.2} ms of {} runs  {rate:.2} images/s", times.len()))?;
+        if backend.quantised && backend.precision != "q8_0" {
+            out.line("weights are stored in q8_0, and multiplied as the values that these stand for")?;
+        }
         if let Some(why) = &backend.why {
             out.line(&format!("candle's modules ran, not the CPU engine: {why}"))?;
         }
@@ -112,7 +115,9 @@ impl Contender {
     fn run(&mut self, args: &BenchArgs, iters: u32) -> anyhow::Result<()> {
         let program = std::env::current_exe().context("this program's own path")?;
         let mut command = Command::new(&program);
-        command.arg("bench").args(["--json", "--precision", self.precision, "--iters", &iters.to_string()]);
+        // blocks of weights are not asked for by name: they are what candle's modules choose
+        let precision = if self.precision == "q8_0" { "auto" } else { self.precision };
+        command.arg("bench").args(["--json", "--precision", precision, "--iters", &iters.to_string()]);
         command.args(["--batch", &args.batch.to_string(), "--warmup", &args.warmup.to_string()]);
         if let Some(threads) = args.run.threads {
             command.args(["--threads", &threads.to_string()]);
@@ -166,13 +171,19 @@ fn contenders(checkpoint: &Checkpoint, device: &candle_core::Device) -> anyhow::
         Err(vit_model::Error::Unsupported(why)) => complain(&format!("candle's modules alone run this model: {why}")),
         Err(error) => return Err(error.into()),
     }
+    let weights = &checkpoint.weights;
+    let quantised = weights.tensors().keys().any(|name| weights.is_q8_0(name));
     all.push(Contender::new("candle-cpu", "f32"));
+    if quantised {
+        all.push(Contender::new("candle-cpu", "q8_0"));
+    }
     let gpu = match device {
         candle_core::Device::Cpu => return Ok(all),
         candle_core::Device::Cuda(_) => "candle-cuda",
         candle_core::Device::Metal(_) => "candle-metal",
     };
-    all.extend(["f32", "f16", "bf16"].map(|precision| Contender::new(gpu, precision)));
+    let precisions = if quantised { &["f32", "q8_0"][..] } else { &["f32", "f16", "bf16"] };
+    all.extend(precisions.iter().map(|precision| Contender::new(gpu, precision)));
     Ok(all)
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use vit_model::{ModelInfo, Weights};
+use vit_model::{ModelInfo, TensorInfo, Weights, gguf};
 
 use crate::args::InspectArgs;
 use crate::model::{self, Place};
@@ -27,11 +27,21 @@ fn parameters(weights: &dyn Weights) -> u128 {
     weights.tensors().values().map(|t| crate::modules::elements(&t.shape)).sum()
 }
 
+/// The name of the type that a tensor is stored in, and its bytes.
+fn stored(weights: &dyn Weights, name: &str, tensor: &TensorInfo) -> (&'static str, u128) {
+    let elements = crate::modules::elements(&tensor.shape);
+    if weights.is_q8_0(name) {
+        ("Q8_0", elements / gguf::BLOCK as u128 * gguf::BLOCK_BYTES as u128)
+    } else {
+        (tensor.dtype.name(), elements * tensor.dtype.size() as u128)
+    }
+}
+
 fn json_report(info: &ModelInfo, weights: &dyn Weights) -> Value {
     let tensors: Map<String, Value> = weights
         .tensors()
         .iter()
-        .map(|(name, t)| (name.clone(), json!({ "dtype": t.dtype.name(), "shape": t.shape })))
+        .map(|(name, t)| (name.clone(), json!({ "dtype": stored(weights, name, t).0, "shape": t.shape })))
         .collect();
     json!({ "config": info, "parameters": u64::try_from(parameters(weights)).ok(), "tensors": tensors })
 }
@@ -78,7 +88,7 @@ fn onnx(args: &InspectArgs, path: &Path) -> anyhow::Result<String> {
 fn text(args: &InspectArgs, info: &ModelInfo, weights: &dyn Weights) -> anyhow::Result<String> {
     let tensors = weights.tensors();
     let mut text = String::new();
-    let bytes: u128 = tensors.values().map(|t| crate::modules::elements(&t.shape) * t.dtype.size() as u128).sum();
+    let bytes: u128 = tensors.iter().map(|(name, t)| stored(weights, name, t).1).sum();
     writeln!(
         text,
         "{}: {} tensors, {} parameters, {:.1} MB",
@@ -101,11 +111,11 @@ fn text(args: &InspectArgs, info: &ModelInfo, weights: &dyn Weights) -> anyhow::
         section(&mut text, "verified", verified)?;
     }
     writeln!(text, "\ntensors")?;
-    let names: Vec<String> = tensors.keys().map(|name| escape(name)).collect();
-    let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
-    for (name, tensor) in names.iter().zip(tensors.values()) {
-        let pad = " ".repeat(width - name.chars().count());
-        writeln!(text, "  {name}{pad}  {:<4}  {:?}", tensor.dtype.name(), tensor.shape)?;
+    let width = tensors.keys().map(|name| escape(name).chars().count()).max().unwrap_or(0);
+    for (name, tensor) in tensors {
+        let shown = escape(name);
+        let pad = " ".repeat(width - shown.chars().count());
+        writeln!(text, "  {shown}{pad}  {:<4}  {:?}", stored(weights, name, tensor).0, tensor.shape)?;
     }
     Ok(text)
 }

@@ -18,7 +18,7 @@ static DIGITS: &[u8] = include_bytes!("../../weights/digits/model.safetensors");
 pub enum Place {
     /// Inside this program.
     Digits,
-    /// A safetensors file, or a folder.
+    /// A safetensors or GGUF file, or a folder.
     Path(PathBuf),
     /// An ONNX file.
     Onnx(PathBuf),
@@ -92,7 +92,7 @@ fn near_miss(path: &Path) -> String {
     if !parent.is_dir() {
         return format!(" (nor is there a folder {})", show(parent));
     }
-    for extension in ["safetensors", "onnx"] {
+    for extension in ["safetensors", "onnx", "gguf"] {
         let candidate = path.with_extension(extension);
         if candidate != path && candidate.is_file() {
             return format!("; did you mean {}?", show(candidate));
@@ -107,7 +107,7 @@ fn forms(name: &str) -> String {
         None => String::new(),
     };
     hint + &format!(
-        "`{name}` is neither a file nor a folder. A MODEL is a .safetensors file of vit-convert's, a folder with model.safetensors \
+        "`{name}` is neither a file nor a folder. A MODEL is a .safetensors or .gguf file of vit-convert's, a folder with model.safetensors \
          and config.json, an .onnx file, `digits`, or a repository on the Hub (owner/name, or a short name of `vit-cli models`)"
     )
 }
@@ -167,7 +167,10 @@ pub fn predictor_for(
     let predictor = Predictor::new(&checkpoint, &options).map_err(|e| named(model, e))?;
     if verbose {
         let backend = predictor.backend();
-        let why = backend.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+        let mut why = backend.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+        if backend.quantised && backend.precision != "q8_0" {
+            why += " from weights in q8_0";
+        }
         complain(&format!(
             "{} runs on {} in {} with {} threads{why}",
             show(model),

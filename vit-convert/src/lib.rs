@@ -25,6 +25,7 @@ pub mod graph;
 pub mod import;
 pub mod onnx;
 pub mod preset;
+pub mod quantise;
 pub mod recognise;
 pub mod relabel;
 pub mod save;
@@ -103,6 +104,25 @@ impl Converted {
             self.pending = None;
         }
         Ok(&self.info)
+    }
+
+    /// Quantises the matrices to Q8_0, and says by how much that moves the answers, unless the conversion is not to be
+    /// proven at all. What was pending is found out: the proof is of the tensors before.
+    ///
+    /// # Errors
+    /// As [`document`](Self::document); a matrix that does not fit into Q8_0; a model that cannot be run.
+    pub fn quantise(&mut self) -> Result<Option<quantise::Moved>> {
+        self.document()?;
+        let own = self.weights.clone();
+        self.weights = Arc::new(quantise::Quantised::new(own.clone()));
+        if self.verified.is_none() {
+            return Ok(None);
+        }
+        let moved = quantise::moved(&self.info, own, self.weights.clone())?;
+        if let Some(Value::Object(proof)) = &mut self.info.verified {
+            proof.insert("q8_0".into(), moved.to_json());
+        }
+        Ok(Some(moved))
     }
 
     /// What `info` lacks as yet: [`write::file`] finds it out while it writes.

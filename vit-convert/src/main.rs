@@ -1,19 +1,25 @@
-//! `vit-convert IN.onnx OUT`: the library's steps on the command line.
+//! `vit-convert IN OUT`: the library's steps on the command line.
 
 #![forbid(unsafe_code)]
 
 use std::{
+    ffi::OsStr,
     io::{IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use vit_convert::{Converted, Options, begin, explain, preset, save, timm_config, to_hf, write};
-use vit_model::Dtype;
+use vit_convert::{
+    Converted, Options, Pending, begin, explain, preset,
+    quantise::{self, Moved, Quantised},
+    save, timm_config, to_hf, write,
+};
+use vit_model::{Dtype, ModelInfo, PreprocessConfig, Weights, load::Checkpoint};
 
 /// Converts a Vision Transformer from ONNX to safetensors with timm's tensor names.
 ///
@@ -25,6 +31,8 @@ use vit_model::Dtype;
     after_help = "Examples:
   vit-convert flowers.onnx flowers.safetensors --labels class_indices.json
   vit-convert clip.onnx clip.safetensors --preprocess clip --dtype f16
+  vit-convert model.onnx model.gguf --dtype q8     matrices in 8 bits
+  vit-convert vit-base/ vit-base.gguf --dtype q8   of a folder as found on the Hub
   vit-convert model.onnx folder/                   a folder that timm opens: create_model(\"local-dir:folder\")
   vit-convert model.onnx folder/ --to hf           one that transformers opens
   vit-convert model.onnx --dry-run --report report.json
@@ -32,8 +40,8 @@ use vit_model::Dtype;
 Exit status: 0 converted; 2 refused or failed, and why is said on stderr; 130 interrupted."
 )]
 struct Args {
-    /// The model.
-    #[arg(value_name = "IN.onnx")]
+    /// The model: an ONNX file; or a checkpoint (a file of ours, a folder of timm's or transformers') to write in another form.
+    #[arg(value_name = "IN")]
     input: PathBuf,
     /// The file to write; or a folder (one that is there, or a name that ends in /), for model.safetensors and config.json.
     #[arg(value_name = "OUT", required_unless_present = "dry_run")]
@@ -47,7 +55,8 @@ struct Args {
     /// The image size, where the file leaves it open: pixels, or HEIGHTxWIDTH.
     #[arg(long, value_name = "SIZE", value_parser = img_size)]
     img_size: Option<[usize; 2]>,
-    /// Store every tensor as this type; by default each keeps the type that it has in the file.
+    /// Store every tensor as this type; by default each keeps the type that it has in the file. q8: matrices in ggml's Q8_0,
+    /// the rest as it is, in a file that ends in .gguf.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<Type>,
     /// Class names: a text file of one a line, or JSON: a list, {"0": "daisy", …}, or a config.json with id2label.
@@ -74,11 +83,12 @@ struct Args {
     threads: Option<u16>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Type {
     F32,
     F16,
     Bf16,
+    Q8,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -135,23 +145,141 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.to.is_some() && args.output.as_deref().is_some_and(|output| !is_folder(output)) {
         bail!("--to writes a folder: let the output end in /");
     }
-    let mut converted = begin(&args.input, &options)?;
+    if args.dtype == Some(Type::Q8) && args.output.as_deref().is_some_and(|output| !is_gguf(output)) {
+        bail!("--dtype q8 writes a GGUF file: let the output end in .gguf");
+    }
+    let (mut model, moved) = if is_checkpoint(&args.input) { opened(args, &options)? } else { begun(args, &options)? };
+    // a dry run says too whether the folder could be written
+    let folder = match args.to {
+        _ if !folder => None,
+        Some(Library::Hf) => Some(to_hf::folder(model.info(), model.weights())?),
+        _ => Some(timm_config::folder(model.info(), model.weights())?),
+    };
+    let output = args.output.as_deref().filter(|_| !args.dry_run);
+    if let Some(output) = output {
+        write_model(args, output, &model, folder.as_ref())?;
+    }
+    let mut notes = model.notes(folder.map(|folder| folder.notes).unwrap_or_default())?;
+    notes.extend(moved.map(|moved| format!("q8: {moved}")));
+    notes.extend(output.map(|output| format!("written: {}", output.display())));
+    answer(args, &model, &notes)
+}
+
+/// A model to be written.
+enum Model {
+    /// Of an ONNX file.
+    Graph(Box<Converted>),
+    /// As it is found: there is no graph, and so no proof.
+    Checkpoint(Box<Checkpoint>),
+}
+
+impl Model {
+    fn info(&self) -> &ModelInfo {
+        match self {
+            Self::Graph(converted) => &converted.info,
+            Self::Checkpoint(checkpoint) => &checkpoint.info,
+        }
+    }
+
+    fn weights(&self) -> &Arc<dyn Weights> {
+        match self {
+            Self::Graph(converted) => &converted.weights,
+            Self::Checkpoint(checkpoint) => &checkpoint.weights,
+        }
+    }
+
+    fn pending(&self) -> Option<&Pending> {
+        match self {
+            Self::Graph(converted) => converted.pending(),
+            Self::Checkpoint(_) => None,
+        }
+    }
+
+    /// What there is to say about it, with `more` of the folder that it became. A proof that was not run yet is run now.
+    fn notes(&mut self, more: Vec<String>) -> vit_convert::Result<Vec<String>> {
+        let more = more.into_iter().map(|note| format!("note: {note}"));
+        let Self::Graph(converted) = self else { return Ok(more.collect()) };
+        converted.document()?;
+        let mut notes = Vec::new();
+        let found = [("assumed", &converted.imported.assumed), ("approximate", &converted.imported.approximate)];
+        for (what, list) in found {
+            notes.extend(list.iter().map(|note| format!("{what}: {note}")));
+        }
+        notes.extend(more);
+        notes.push(match &converted.verified {
+            Some(v) => format!(
+                "verified: {} inputs, largest difference {:.1e} absolute, {:.1e} relative ({})",
+                v.inputs, v.max_abs, v.max_rel, v.evaluator
+            ),
+            None => "not verified".into(),
+        });
+        if let Some(said) = converted.info.source.get("candle_onnx") {
+            notes.push(match said.get("max_rel") {
+                Some(far) => format!("candle-onnx agrees: largest difference {far} relative"),
+                None => format!("candle-onnx has no opinion: {}", said["not_run"]),
+            });
+        }
+        Ok(notes)
+    }
+}
+
+/// An ONNX file, converted; it is proven while it is written, unless what is written is something else, or a report is asked for.
+fn begun(args: &Args, options: &Options) -> anyhow::Result<(Model, Option<Moved>)> {
+    let mut converted = begin(&args.input, options)?;
+    let moved = if args.dtype == Some(Type::Q8) { converted.quantise()? } else { None };
     if let Some(report) = &args.report {
         let text = serde_json::to_vec_pretty(&report_of(&mut converted)?)?;
         save::file(report, &[&args.input], |mut file| file.write_all(&text).map_err(vit_convert::Error::io(report)))?;
     }
-    let weights = converted.weights.clone();
-    // a dry run says too whether the folder could be written
-    let folder = match args.to {
-        _ if !folder => None,
-        Some(Library::Hf) => Some(to_hf::folder(&converted.info, &weights)?),
-        _ => Some(timm_config::folder(&converted.info, &weights)?),
-    };
-    if let (Some(output), false) = (&args.output, args.dry_run) {
-        write_model(args, output, &converted, folder.as_ref())?;
+    Ok((Model::Graph(Box::new(converted)), moved))
+}
+
+/// A checkpoint as it is, but for what the user changes: there is no graph, and so no proof.
+fn opened(args: &Args, options: &Options) -> anyhow::Result<(Model, Option<Moved>)> {
+    let name = args.input.display();
+    if args.img_size.is_some() || args.report.is_some() || args.verify_with.is_some() {
+        bail!("{name}: --img-size, --report and --verify-with are for ONNX files");
     }
-    converted.document()?;
-    answer(args, &converted, folder.map(|folder| folder.notes).unwrap_or_default())
+    let folder = |path: &Path| path.canonicalize().ok();
+    let input = folder(&args.input);
+    let inside = |output: &PathBuf| folder(output) == input || output.parent().and_then(folder) == input;
+    if args.input.is_dir() && args.output.as_ref().is_some_and(inside) {
+        bail!("{name}: the output is in the folder that is read; name another");
+    }
+    let Checkpoint { mut info, mut weights } = vit_model::load::open(&args.input)?;
+    if let Some(labels) = &options.labels {
+        info.labels = Some(labels.clone());
+    }
+    if let Some(preprocess) = &options.preprocess {
+        let input_size = info.preprocess.input_size;
+        info.preprocess = PreprocessConfig { input_size, ..preprocess.clone() };
+    }
+    info.validate()?;
+    let mut moved = None;
+    if args.dtype == Some(Type::Q8) {
+        let own = weights.clone();
+        weights = Arc::new(Quantised::new(own.clone()));
+        if options.verify {
+            let far = quantise::moved(&info, own, weights.clone())?;
+            match &mut info.verified {
+                Some(Value::Object(proof)) => drop(proof.insert("q8_0".into(), far.to_json())),
+                verified => *verified = Some(json!({ "q8_0": far.to_json() })),
+            }
+            moved = Some(far);
+        }
+    }
+    Ok((Model::Checkpoint(Box::new(Checkpoint { info, weights })), moved))
+}
+
+/// A folder, or a file by its name.
+fn is_checkpoint(input: &Path) -> bool {
+    let ours = |extension: &OsStr| ["safetensors", "gguf"].iter().any(|ours| extension.eq_ignore_ascii_case(ours));
+    input.is_dir() || input.extension().is_some_and(ours)
+}
+
+/// A name that ends in `.gguf`, unless it is a folder's.
+fn is_gguf(output: &Path) -> bool {
+    !is_folder(output) && output.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 /// A name that ends in a separator, or a folder that is there.
@@ -159,12 +287,7 @@ fn is_folder(output: &Path) -> bool {
     output.as_os_str().as_encoded_bytes().ends_with(b"/") || output.is_dir()
 }
 
-fn write_model(
-    args: &Args,
-    output: &Path,
-    converted: &Converted,
-    folder: Option<&write::Folder>,
-) -> anyhow::Result<()> {
+fn write_model(args: &Args, output: &Path, model: &Model, folder: Option<&write::Folder>) -> anyhow::Result<()> {
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
     bar.set_style(
         ProgressStyle::with_template("writing {bar:30} {bytes}/{total_bytes}")
@@ -175,30 +298,32 @@ fn write_model(
         bar.set_position(done);
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let dtype = args.dtype.map(|dtype| match dtype {
-        Type::F32 => Dtype::F32,
-        Type::F16 => Dtype::F16,
-        Type::Bf16 => Dtype::Bf16,
+    let dtype = args.dtype.and_then(|dtype| match dtype {
+        Type::F32 => Some(Dtype::F32),
+        Type::F16 => Some(Dtype::F16),
+        Type::Bf16 => Some(Dtype::Bf16),
+        Type::Q8 => None,
     });
     let options = write::Options {
         dtype,
         threads: args.threads.map_or(cores, usize::from),
-        pending: converted.pending(),
+        pending: model.pending(),
         inputs: &[&args.input],
         progress: &progress,
     };
     match folder {
         Some(folder) => write::folder(output, folder, args.force, &options)?,
-        None => write::file(output, &converted.info, converted.weights.as_ref(), &options)?,
+        None if is_gguf(output) => write::gguf(output, model.info(), model.weights().as_ref(), &options)?,
+        None => write::file(output, model.info(), model.weights().as_ref(), &options)?,
     }
     bar.finish_and_clear();
     Ok(())
 }
 
 /// What was converted, on stdout.
-fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Result<()> {
-    let c = &converted.info.model;
-    let parameters: usize = converted.weights.tensors().values().map(|t| t.shape.iter().product::<usize>()).sum();
+fn answer(args: &Args, model: &Model, notes: &[String]) -> anyhow::Result<()> {
+    let c = &model.info().model;
+    let parameters: usize = model.weights().tensors().values().map(|t| t.shape.iter().product::<usize>()).sum();
     let mut text = format!(
         "{}: ViT {}×{}, patch {}×{}, {} wide, {} deep, {} heads, {} classes, {parameters} parameters\n",
         printable(&args.input.display().to_string()),
@@ -211,29 +336,9 @@ fn answer(args: &Args, converted: &Converted, notes: Vec<String>) -> anyhow::Res
         c.num_heads,
         c.num_classes
     );
-    for (what, notes) in [("assumed", &converted.imported.assumed), ("approximate", &converted.imported.approximate)] {
-        for note in notes {
-            text.push_str(&format!("{what}: {}\n", printable(note)));
-        }
-    }
     for note in notes {
-        text.push_str(&format!("note: {}\n", printable(&note)));
-    }
-    match &converted.verified {
-        Some(v) => text.push_str(&format!(
-            "verified: {} inputs, largest difference {:.1e} absolute, {:.1e} relative ({})\n",
-            v.inputs, v.max_abs, v.max_rel, v.evaluator
-        )),
-        None => text.push_str("not verified\n"),
-    }
-    if let Some(said) = converted.info.source.get("candle_onnx") {
-        text.push_str(&match said.get("max_rel") {
-            Some(far) => format!("candle-onnx agrees: largest difference {far} relative\n"),
-            None => format!("candle-onnx has no opinion: {}\n", printable(&said["not_run"].to_string())),
-        });
-    }
-    if let (Some(output), false) = (&args.output, args.dry_run) {
-        text.push_str(&format!("written: {}\n", printable(&output.display().to_string())));
+        text.push_str(&printable(note));
+        text.push('\n');
     }
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("standard output"),

@@ -1,5 +1,5 @@
-//! A model → a safetensors file: a header of our own, sorted, then each tensor at its place. The same model gives the same
-//! bytes, whatever the number of threads.
+//! A model → a safetensors or GGUF file: a header of our own, sorted, then each tensor at its place. The same model gives
+//! the same bytes, whatever the number of threads.
 
 use std::{
     borrow::Cow,
@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use vit_model::{
     Dtype, ModelInfo, TensorInfo, Weights,
     checksum::{Checksum, Checksums},
+    gguf,
     weights::{check_finite, widen},
 };
 
@@ -28,7 +29,7 @@ const SYNC_EVERY: u64 = 32 << 20;
 
 /// How a model is written.
 pub struct Options<'a> {
-    /// The type of every tensor; each keeps its own where this is not set.
+    /// The type of every tensor; each keeps its own where this is not set. In a GGUF file, of those that are not quantised.
     pub dtype: Option<Dtype>,
     /// Threads that read and convert.
     pub threads: usize,
@@ -48,7 +49,16 @@ pub struct Options<'a> {
 /// A tensor that cannot be read, is not finite, or does not fit the type; a file that cannot be written. Then nothing is
 /// left behind, and a file that was there before is unchanged.
 pub fn file(path: &Path, info: &ModelInfo, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    tensors(path, Some(info), weights, options)
+    tensors(path, Some(info), weights, options, Container::Safetensors)
+}
+
+/// As [`file()`], in GGUF: tensors that are quantised (see [`quantise`](crate::quantise)) as the blocks that they are, the
+/// others in f32 or halves.
+///
+/// # Errors
+/// As [`file()`].
+pub fn gguf(path: &Path, info: &ModelInfo, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
+    tensors(path, Some(info), weights, options, Container::Gguf)
 }
 
 /// A model as a folder, in the form that another library opens.
@@ -76,7 +86,8 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
     }
     let made = !path.exists();
     std::fs::create_dir_all(path).map_err(Error::io(path))?;
-    let written = tensors(&path.join(WEIGHTS), folder.info.as_ref(), folder.weights.as_ref(), options).and_then(|()| {
+    let (info, weights) = (folder.info.as_ref(), folder.weights.as_ref());
+    let written = tensors(&path.join(WEIGHTS), info, weights, options, Container::Safetensors).and_then(|()| {
         folder.files.iter().try_for_each(|(name, value)| {
             let path = path.join(name);
             let mut text =
@@ -92,8 +103,21 @@ pub fn folder(path: &Path, folder: &Folder, force: bool, options: &Options<'_>) 
     written
 }
 
-fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options: &Options<'_>) -> Result<()> {
-    let layout = Arc::new(Layout::new(weights.tensors(), options.dtype)?);
+/// The format of a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Container {
+    Safetensors,
+    Gguf,
+}
+
+fn tensors(
+    path: &Path,
+    info: Option<&ModelInfo>,
+    weights: &dyn Weights,
+    options: &Options<'_>,
+    container: Container,
+) -> Result<()> {
+    let layout = Arc::new(Layout::new(weights, options.dtype, container)?);
     let draft = layout.header(info)?;
     save::file(path, options.inputs, |file| {
         let mut info = info.cloned();
@@ -112,7 +136,7 @@ fn tensors(path: &Path, info: Option<&ModelInfo>, weights: &dyn Weights, options
         // what is known last stands in the header, which comes first
         let header = layout.header(info.as_ref())?;
         if header.len() == draft.len() {
-            return write_all_at(file, &header, 8).map_err(Error::io(path));
+            return write_all_at(file, &header, 0).map_err(Error::io(path));
         }
         // what was found is longer than the room that is kept for it
         fill(&Output::new(path, file, layout.clone(), &header)?, weights, options, false, || Ok(()))
@@ -131,8 +155,11 @@ struct Document<'a> {
 struct Place {
     name: String,
     stored: Dtype,
-    /// As it is written.
+    /// As it is written, and read back.
     info: TensorInfo,
+    /// It is written as blocks of Q8_0, which are read as f32.
+    q8_0: bool,
+    /// Behind the header.
     offset: u64,
     end: u64,
     /// Its [`Checksum`], once it is written.
@@ -144,6 +171,7 @@ struct Place {
 const ROOM: usize = 1024;
 
 struct Layout {
+    container: Container,
     /// By offset.
     places: Vec<Place>,
     /// Tensor → its place.
@@ -153,28 +181,55 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(tensors: &BTreeMap<String, TensorInfo>, dtype: Option<Dtype>) -> Result<Self> {
-        let mut sorted: Vec<(&String, &TensorInfo, Dtype)> =
-            tensors.iter().map(|(name, info)| (name, info, dtype.unwrap_or(info.dtype))).collect();
-        // wide elements first: then each tensor is aligned to its elements
-        sorted.sort_by_key(|(name, _, dtype)| (std::cmp::Reverse(dtype.size()), *name));
+    fn new(weights: &dyn Weights, dtype: Option<Dtype>, container: Container) -> Result<Self> {
+        let gguf = container == Container::Gguf;
+        let mut sorted: Vec<(&String, &TensorInfo, Dtype)> = (weights.tensors().iter())
+            .map(|(name, info)| match dtype.unwrap_or(info.dtype) {
+                // ggml's own programs have no f64
+                Dtype::F64 if gguf => (name, info, Dtype::F32),
+                _ if gguf && weights.is_q8_0(name) => (name, info, Dtype::F32),
+                dtype => (name, info, dtype),
+            })
+            .collect();
+        if !gguf {
+            // wide elements first: then each tensor is aligned to its elements
+            sorted.sort_by_key(|(name, _, dtype)| (std::cmp::Reverse(dtype.size()), *name));
+        }
+        let align = |end: u64| if gguf { end.checked_next_multiple_of(gguf::ALIGNMENT as u64) } else { Some(end) };
         let too_large = |name: &str| Error::tensor(name, "is larger than any memory");
         let mut places = Vec::with_capacity(sorted.len());
-        let mut offset = 0_u64;
+        let mut data_len = 0_u64;
         for (name, info, dtype) in sorted {
-            let count = info.shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
-            let len = count.and_then(|n| u64::try_from(n).ok()).ok_or_else(|| too_large(name))?;
-            let end = offset.checked_add(len).ok_or_else(|| too_large(name))?;
+            let (offset, q8_0) = (data_len, gguf && weights.is_q8_0(name));
+            let count = info.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+            let (values, bytes) = if q8_0 { (gguf::BLOCK, gguf::BLOCK_BYTES) } else { (1, dtype.size()) };
+            let len = count.and_then(|n| (n / values).checked_mul(bytes)).and_then(|n| u64::try_from(n).ok());
+            let end = len.and_then(|len| offset.checked_add(len)).ok_or_else(|| too_large(name))?;
             let (stored, info) = (info.dtype, TensorInfo { dtype, shape: info.shape.clone() });
-            places.push(Place { name: name.clone(), stored, info, offset, end, checksum: AtomicU64::new(0) });
-            offset = end;
+            places.push(Place { name: name.clone(), stored, info, q8_0, offset, end, checksum: AtomicU64::new(0) });
+            data_len = align(end).ok_or_else(|| too_large(name))?;
         }
         let index = places.iter().enumerate().map(|(at, place)| (place.name.clone(), at)).collect();
-        Ok(Self { places, index, data_len: offset })
+        Ok(Self { container, places, index, data_len })
     }
 
-    /// The header, as long before the tensors are written as after.
+    /// Everything before the data, as long before the tensors are written as after.
     fn header(&self, info: Option<&ModelInfo>) -> Result<Vec<u8>> {
+        match self.container {
+            Container::Safetensors => self.safetensors(info),
+            Container::Gguf => self.gguf(info),
+        }
+    }
+
+    /// The document as JSON.
+    fn document(&self, info: &ModelInfo) -> Result<String> {
+        let sum = |place: &Place| Checksum(place.checksum.load(Ordering::Relaxed));
+        let tensors = self.places.iter().map(|place| (place.name.clone(), sum(place))).collect();
+        let xxh3 = &Checksums { model: Checksum::of_model(&info.model), tensors };
+        serde_json::to_string(&Document { info, xxh3 }).map_err(|error| Error::graph(format!("configuration: {error}")))
+    }
+
+    fn safetensors(&self, info: Option<&ModelInfo>) -> Result<Vec<u8>> {
         let failed = |error| Error::graph(format!("header: {error}"));
         let entries = self.places.iter().map(|Place { name, info, offset, end, .. }| {
             let entry = json!({ "dtype": info.dtype.name(), "shape": info.shape, "data_offsets": [offset, end] });
@@ -185,26 +240,61 @@ impl Layout {
         let mut with = |info: Option<&ModelInfo>| -> Result<Vec<u8>> {
             let mut metadata = json!({ "format": "pt" });
             if let Some(info) = info {
-                let sum = |place: &Place| Checksum(place.checksum.load(Ordering::Relaxed));
-                let tensors = self.places.iter().map(|place| (place.name.clone(), sum(place))).collect();
-                let xxh3 = &Checksums { model: Checksum::of_model(&info.model), tensors };
-                metadata["config"] = json!(serde_json::to_string(&Document { info, xxh3 }).map_err(failed)?);
+                metadata["config"] = json!(self.document(info)?);
             }
             header["__metadata__"] = metadata;
             serde_json::to_vec(&header).map_err(failed)
         };
         let least = match info {
             None => 0,
-            Some(info) => {
-                let mut draft = ModelInfo { verified: None, ..info.clone() };
-                draft.source.remove("sha256");
-                with(Some(&draft))?.len().saturating_add(ROOM)
-            }
+            Some(info) => with(Some(&unfinished(info)))?.len().saturating_add(ROOM),
         };
-        let mut header = with(info)?;
-        header.resize(header.len().max(least).next_multiple_of(8), b' ');
+        let mut json = with(info)?;
+        json.resize(json.len().max(least).next_multiple_of(8), b' ');
+        Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())
+    }
+
+    /// Version 3, the keys that ggml asks for, and the document under `config`; spaces behind it are the room.
+    fn gguf(&self, info: Option<&ModelInfo>) -> Result<Vec<u8>> {
+        let [f32, f16, q8_0, bf16] = gguf::TYPES;
+        let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        let mut keys = vec![
+            [text("general.architecture"), 8_u32.to_le_bytes().into(), text("vit")].concat(),
+            [text("general.quantization_version"), 4_u32.to_le_bytes().into(), 2_u32.to_le_bytes().into()].concat(),
+        ];
+        if let Some(info) = info {
+            let least = self.document(&unfinished(info))?.len().saturating_add(ROOM);
+            let config = format!("{:<least$}", self.document(info)?);
+            keys.push([text("config"), 8_u32.to_le_bytes().into(), text(&config)].concat());
+        }
+        let mut header = gguf::MAGIC.to_vec();
+        header.extend(3_u32.to_le_bytes());
+        header.extend((self.places.len() as u64).to_le_bytes());
+        header.extend((keys.len() as u64).to_le_bytes());
+        header.extend(keys.concat());
+        for place in &self.places {
+            let kind = match place.info.dtype {
+                _ if place.q8_0 => q8_0,
+                Dtype::F16 => f16,
+                Dtype::Bf16 => bf16,
+                Dtype::F32 | Dtype::F64 => f32,
+            };
+            header.extend(text(&place.name));
+            header.extend((place.info.shape.len() as u32).to_le_bytes());
+            header.extend(place.info.shape.iter().rev().flat_map(|&d| (d as u64).to_le_bytes()));
+            header.extend(kind.to_le_bytes());
+            header.extend(place.offset.to_le_bytes());
+        }
+        header.resize(header.len().next_multiple_of(gguf::ALIGNMENT), 0);
         Ok(header)
     }
+}
+
+/// A document without what may be pending.
+fn unfinished(info: &ModelInfo) -> ModelInfo {
+    let mut draft = ModelInfo { verified: None, ..info.clone() };
+    draft.source.remove("sha256");
+    draft
 }
 
 /// A file that is being written, by several threads.
@@ -227,11 +317,10 @@ struct Output {
 impl Output {
     /// Writes the header, and makes room for the rest.
     fn new(path: &Path, file: &File, layout: Arc<Layout>, header: &[u8]) -> Result<Self> {
-        let start = header.len().saturating_add(8) as u64;
+        let start = header.len() as u64;
         let begin = || -> std::io::Result<File> {
             file.set_len(start.saturating_add(layout.data_len))?;
-            write_all_at(file, &(header.len() as u64).to_le_bytes(), 0)?;
-            write_all_at(file, header, 8)?;
+            write_all_at(file, header, 0)?;
             file.try_clone()
         };
         let file = begin().map_err(Error::io(path))?;
@@ -281,7 +370,10 @@ impl Weights for Seen {
 
     fn read(&self, name: &str) -> vit_model::Result<Vec<u8>> {
         let bytes = self.inner.read(name)?;
-        if let Some(&at) = self.output.layout.index.get(name) {
+        let layout = &self.output.layout;
+        // blocks are not what is read here
+        if let Some(&at) = layout.index.get(name).filter(|&&at| layout.places.get(at).is_some_and(|place| !place.q8_0))
+        {
             self.output.put(at, |_| Ok(Cow::Borrowed(&bytes)));
         }
         Ok(bytes)
@@ -306,7 +398,9 @@ fn fill(
             if at >= output.layout.places.len() {
                 break;
             }
-            output.put(at, |place| Ok(weights.read(&place.name)?.into()));
+            output.put(at, |Place { name, q8_0, .. }| {
+                Ok(if *q8_0 { weights.read_q8_0(name)? } else { weights.read(name)? }.into())
+            });
             progress();
         }
     };
@@ -347,9 +441,9 @@ fn fill(
     first.map_or(Ok(()), |(_, error)| Err(error))
 }
 
-/// A tensor's elements in the type that is written.
+/// A tensor's elements in the type that is written; blocks are so already.
 fn converted<'b>(place: &Place, bytes: Cow<'b, [u8]>) -> Result<Cow<'b, [u8]>> {
-    if place.stored == place.info.dtype {
+    if place.q8_0 || place.stored == place.info.dtype {
         return Ok(bytes);
     }
     let values = widen(place.stored, &bytes);

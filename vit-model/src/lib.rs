@@ -26,6 +26,7 @@ pub mod cpu;
 mod error;
 pub mod finetune;
 mod folder;
+pub mod gguf;
 #[cfg(all(test, feature = "cuda"))]
 mod gpu;
 #[cfg(test)]

@@ -17,8 +17,10 @@ use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use crate::{
     Config, Error, ModelInfo, Result, VisionTransformer,
     checksum::{self, Checksum, Checksums},
+    gguf::Gguf,
     json, limits,
     safetensors::Safetensors,
+    vit::Q8_0,
     weights::{Weights, candle_dtype},
 };
 
@@ -57,13 +59,24 @@ impl Checkpoint {
     }
 }
 
-/// Opens a safetensors file of ours, or a folder as found on the Hub.
+/// Opens a safetensors or GGUF file of ours, or a folder as found on the Hub.
 ///
 /// # Errors
 /// What is there and why it cannot be used, with the path.
 pub fn open(path: &Path) -> Result<Checkpoint> {
     let meta = fs::metadata(path).map_err(Error::io(path))?;
-    if meta.is_dir() { crate::folder::open(path) } else { ours(Safetensors::open(path)?) }
+    if meta.is_dir() {
+        crate::folder::open(path)
+    } else if Gguf::is(path) {
+        let mut file = Gguf::open(path)?;
+        let (info, checksums) = document(path, file.metadata())?;
+        if let Some(checksums) = checksums {
+            file.expect(checksums);
+        }
+        Checkpoint::new(info, Arc::new(file)).map_err(|error| error.within(path))
+    } else {
+        ours(Safetensors::open(path)?)
+    }
 }
 
 /// A safetensors file of ours that is part of the program; `name` stands for its path in errors.
@@ -76,13 +89,7 @@ pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Checkpoint> {
 
 pub(crate) fn ours(mut file: Safetensors) -> Result<Checkpoint> {
     let path = file.path().to_owned();
-    let Some(text) = file.metadata().get("config") else {
-        return Err(Error::file(
-            path,
-            "carries no configuration: it was not written by vit-convert. If it came with a config.json, name the folder that holds both",
-        ));
-    };
-    let (info, checksums) = document(text).map_err(|why| Error::file(&path, format!("its configuration {why}")))?;
+    let (info, checksums) = document(&path, file.metadata())?;
     if let Some(other) = file.others().first() {
         return Err(Error::file(&path, format!("tensor `{other}` is left over: not a tensor of weights")));
     }
@@ -92,26 +99,33 @@ pub(crate) fn ours(mut file: Safetensors) -> Result<Checkpoint> {
     Checkpoint::new(info, Arc::new(file)).map_err(|error| error.within(&path))
 }
 
-/// The document that a file of ours carries, and the checksums in it.
-fn document(text: &str) -> Result<(ModelInfo, Option<Checksums>), String> {
-    let mut value = json::parse(text.as_bytes())?;
+/// The document that a file of ours carries among its strings, and the checksums in it.
+fn document(path: &Path, strings: &BTreeMap<String, String>) -> Result<(ModelInfo, Option<Checksums>)> {
+    let Some(text) = strings.get("config") else {
+        return Err(Error::file(
+            path,
+            "carries no configuration: it was not written by vit-convert. If it came with a config.json, name the folder that holds both",
+        ));
+    };
+    let fail = |why: String| Error::file(path, format!("its configuration {why}"));
+    let mut value = json::parse(text.as_bytes()).map_err(fail)?;
     if let Some(version) = value.get("vit").filter(|version| **version != 1) {
-        return Err(format!("is of version {version}, this program reads version 1: update it"));
+        return Err(fail(format!("is of version {version}, this program reads version 1: update it")));
     }
-    let understood = |error| format!("cannot be understood: {error}");
+    let understood = |error| fail(format!("cannot be understood: {error}"));
     let checksums = value.as_object_mut().and_then(|document| document.remove(checksum::KEY));
     let checksums: Option<Checksums> = checksums.map(serde_json::from_value).transpose().map_err(understood)?;
     let info: ModelInfo = serde_json::from_value(value).map_err(understood)?;
     if let Some(expected) = checksums.as_ref().map(|checksums| checksums.model) {
         // a number that no model can have says more than a checksum
-        info.validate().map_err(|error| format!("is impossible: {error}"))?;
+        info.validate().map_err(|error| fail(format!("is impossible: {error}")))?;
         let found = Checksum::of_model(&info.model);
         if found != expected {
-            return Err(format!(
+            return Err(fail(format!(
                 "holds another `model` than was written: its checksum is {found}, expected {expected}. The file is damaged, \
                  or was edited; convert or fetch it again (after a change on purpose, leave `{}` out)",
                 checksum::KEY
-            ));
+            )));
         }
     }
     Ok((info, checksums))
@@ -225,8 +239,21 @@ impl Reader<'_> {
         Ok(tensor.to_dtype(dtype)?)
     }
 
+    /// A linear's weights as they are stored in Q8_0: the bytes of each row.
+    fn blocks(&self, name: &str) -> Result<Tensor> {
+        let blocks = self.weights.read_q8_0(name)?;
+        let rows = self.weights.tensors().get(name).and_then(|info| info.shape.first()).copied().unwrap_or(1);
+        let row = blocks.len().checked_div(rows).unwrap_or(0);
+        Ok(Tensor::from_vec(blocks, (rows, row), &Device::Cpu)?)
+    }
+
     fn get(&self, name: &str, shape: Option<&Shape>, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
-        self.tensor(name, shape, dtype, device).map_err(|error| {
+        self.noted(self.tensor(name, shape, dtype, device))
+    }
+
+    /// The result as candle's, with the first error kept.
+    fn noted<T>(&self, result: Result<T>) -> candle_core::Result<T> {
+        result.map_err(|error| {
             let message = error.to_string();
             if let Ok(mut failure) = self.failure.lock() {
                 failure.get_or_insert(error);
@@ -242,11 +269,17 @@ impl SimpleBackend for Reader<'_> {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.get(name, None, dtype, dev)
+        match name.strip_suffix(Q8_0) {
+            Some(name) => self.noted(self.blocks(name)),
+            None => self.get(name, None, dtype, dev),
+        }
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.weights.tensors().contains_key(name)
+        match name.strip_suffix(Q8_0) {
+            Some(name) => self.weights.is_q8_0(name),
+            None => self.weights.tensors().contains_key(name),
+        }
     }
 }
 
@@ -265,8 +298,8 @@ impl SimpleBackend for Lister {
         candle_core::bail!("`{name}` is asked for without a shape")
     }
 
-    fn contains_tensor(&self, _: &str) -> bool {
-        true
+    fn contains_tensor(&self, name: &str) -> bool {
+        !name.ends_with(Q8_0)
     }
 }
 

@@ -14,12 +14,13 @@ use crate::labels::{self, Prediction};
 use crate::load::Checkpoint;
 #[cfg(feature = "image")]
 use crate::preprocess::Preprocess;
-use crate::{Config, Error, ModelInfo, Pool, Result, VisionTransformer};
+use crate::weights::Dequantised;
+use crate::{Config, Error, ModelInfo, Pool, Result, VisionTransformer, Weights};
 
 /// How precisely a model computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// The fastest that is f32-grade on this machine.
+    /// The fastest that is f32-grade on this machine; candle's modules multiply quantised weights as they are stored.
     #[default]
     Auto,
     /// IEEE 754 single throughout.
@@ -71,12 +72,15 @@ impl Default for Options {
 pub struct Backend {
     /// The kernels: `amx`, `avx512`, `avx2`, `portable` of the CPU engine; `candle-cpu`, `candle-cuda`, `candle-metal`.
     pub kernel: String,
-    /// `f32`, `bf16x3`, `bf16` or `f16`.
+    /// `f32`, `bf16x3`, `bf16` or `f16`; `q8_0` where linear layers multiply blocks of that, see [`quantised`](Self::quantised).
     pub precision: String,
     /// CPU threads.
     pub threads: usize,
     /// Why candle's modules run on a CPU, where they do.
     pub why: Option<String>,
+    /// The checkpoint's matrices are stored in Q8_0. The CPU engine, and candle's modules where [`Precision::F32`] is
+    /// asked for, compute with the values that these stand for.
+    pub quantised: bool,
 }
 
 /// A checkpoint, ready to answer.
@@ -301,6 +305,11 @@ impl Predictor {
     }
 }
 
+/// Whether any tensor is stored in Q8_0.
+fn quantised(weights: &dyn Weights) -> bool {
+    weights.tensors().keys().any(|name| weights.is_q8_0(name))
+}
+
 impl Model {
     /// The engine on a CPU; candle's modules on a GPU, on request, and where the engine lacks a switch of the model.
     fn new(checkpoint: &Checkpoint, options: &Options) -> Result<(Self, Backend)> {
@@ -333,6 +342,7 @@ impl Model {
                     precision: engine.precision().name().into(),
                     threads: engine.threads(),
                     why: None,
+                    quantised: quantised(&**weights),
                 };
                 Ok((Self::Engine(Box::new(engine)), backend))
             }
@@ -356,7 +366,12 @@ impl Model {
                 return Err(Error::Unsupported(format!("precision {name} on {place}{why}")));
             }
         };
-        let vit = VisionTransformer::from_weights(&checkpoint.info.model, &*checkpoint.weights, dtype, &device)?;
+        let (config, weights) = (&checkpoint.info.model, &*checkpoint.weights);
+        let quantised = quantised(weights);
+        let blocks = quantised && options.precision != Precision::F32;
+        let plain = Dequantised(weights);
+        let weights = if blocks { weights } else { &plain };
+        let vit = VisionTransformer::from_weights(config, weights, dtype, &device)?;
         device.synchronize()?; // the weights are there for every thread's stream
         let pool = match options.threads {
             Some(threads) if device.is_cpu() => Some(
@@ -373,12 +388,13 @@ impl Model {
             Device::Metal(_) => "candle-metal",
         };
         let precision = match dtype {
+            _ if blocks => "q8_0",
             DType::BF16 => "bf16",
             DType::F16 => "f16",
             _ => "f32",
         };
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads);
-        let backend = Backend { kernel: kernel.into(), precision: precision.into(), threads, why };
+        let backend = Backend { kernel: kernel.into(), precision: precision.into(), threads, why, quantised };
         Ok((Self::Modules(Box::new(Modules { vit, device, dtype, pool, turn: Mutex::new(()) })), backend))
     }
 }

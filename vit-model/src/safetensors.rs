@@ -17,7 +17,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::{
     Error, Result,
-    checksum::{Checksums, KEY, Running},
+    checksum::{Checksums, Running},
     limits,
     weights::{Dtype, ReadAt, TensorInfo, Weights, check_finite, too_short},
 };
@@ -42,14 +42,28 @@ pub struct Safetensors {
     checksums: Option<Checksums>,
 }
 
+/// Where a file's bytes are.
 #[derive(Debug)]
-enum Source {
+pub(crate) enum Source {
     File(File),
     Memory(&'static [u8]),
 }
 
 impl Source {
-    fn read_exact_at(&self, out: &mut [u8], offset: usize) -> std::io::Result<()> {
+    /// A regular file, and its length.
+    pub(crate) fn open(path: &Path) -> Result<(Self, usize)> {
+        // looked at before it is opened, because opening a pipe waits
+        let meta = fs::metadata(path).map_err(Error::io(path))?;
+        if !meta.is_file() {
+            return Err(Error::file(path, "is not a regular file"));
+        }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let len = file.metadata().map_err(Error::io(path))?.len();
+        let len = usize::try_from(len).map_err(|_| Error::file(path, "is larger than this machine's memory"))?;
+        Ok((Self::File(file), len))
+    }
+
+    pub(crate) fn read_exact_at(&self, out: &mut [u8], offset: usize) -> std::io::Result<()> {
         match self {
             Self::Memory(bytes) => match offset.checked_add(out.len()).and_then(|end| bytes.get(offset..end)) {
                 Some(part) => {
@@ -96,15 +110,8 @@ impl Safetensors {
     /// # Errors
     /// No regular file, or one whose header does not describe exactly the bytes behind it.
     pub fn open(path: &Path) -> Result<Self> {
-        // looked at before it is opened, because opening a pipe waits
-        let meta = fs::metadata(path).map_err(Error::io(path))?;
-        if !meta.is_file() {
-            return Err(Error::file(path, "is not a regular file"));
-        }
-        let file = File::open(path).map_err(Error::io(path))?;
-        let len = file.metadata().map_err(Error::io(path))?.len();
-        let len = usize::try_from(len).map_err(|_| Error::file(path, "is larger than this machine's memory"))?;
-        Self::new(path, Source::File(file), len)
+        let (source, len) = Source::open(path)?;
+        Self::new(path, source, len)
     }
 
     /// A file that is part of the program; `name` stands for its path in errors.
@@ -202,19 +209,8 @@ impl Safetensors {
 
     /// Whether a tensor is what the document says, after its last byte.
     fn compare(&self, name: &str, running: &Running) -> Result<()> {
-        let (expected, found) = (self.checksums.as_ref().and_then(|all| all.tensors.get(name)), running.finish());
-        let why = match expected {
-            Some(&expected) if expected == found => return Ok(()),
-            Some(expected) => format!("its checksum is {found}, expected {expected}"),
-            None => "it has no checksum, and the others have".into(),
-        };
-        Err(self.damaged(
-            name,
-            &format!(
-                "is not what was written: {why}. The file is damaged, or was put together from others; convert or fetch it \
-                 again (after a change on purpose, leave `{KEY}` out of its configuration)"
-            ),
-        ))
+        let compared = self.checksums.as_ref().map_or(Ok(()), |all| all.compare(name, running.finish()));
+        compared.map_err(|why| self.damaged(name, &why))
     }
 
     fn damaged(&self, name: &str, why: &str) -> Error {

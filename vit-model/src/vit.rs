@@ -8,9 +8,11 @@
 // a `VarBuilder` is a path that is handed down by value, as in all of candle
 #![allow(clippy::needless_pass_by_value)]
 
-use candle_core::{D, DType, IndexOp, Result as CandleResult, Tensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
+use candle_core::{D, DType, IndexOp, Module, Result as CandleResult, Tensor};
 use candle_nn::{Init, VarBuilder, ops};
 
+use crate::gguf::{BLOCK, BLOCK_BYTES};
 use crate::pos_embed::{self, Resample};
 use crate::tap::Tap;
 use crate::{Activation, BlockKind, Config, Error, MlpKind, NormKind, Pool, Result};
@@ -20,6 +22,9 @@ const WEIGHT: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 const TOKEN: Init = Init::Randn { mean: 0.0, stdev: 1e-6 };
 const LAYER_SCALE: Init = Init::Const(1e-5);
 
+/// What follows the name of a linear's weights, where a `VarBuilder` has them in blocks of Q8_0: `blocks.0.attn.proj.weight.q8_0`.
+pub(crate) const Q8_0: &str = ".q8_0";
+
 /// `x Wᵀ + b`
 #[derive(Clone, Debug)]
 enum Linear {
@@ -28,6 +33,8 @@ enum Linear {
     /// `[x 1] [W b]ᵀ`: the bias is a column of the weights, followed by zeros to a multiple of eight. To add it to a product
     /// takes candle's GPU kernels longer than the product itself.
     Joined(Tensor),
+    /// W in blocks of Q8_0, x rounded to such blocks row by row: no gradient.
+    Quantised(QMatMul, Option<Tensor>),
 }
 
 impl Linear {
@@ -54,15 +61,33 @@ impl Linear {
                 let ones = Tensor::ones((r, weight.dim(1)?.saturating_sub(k)), rows.dtype(), rows.device())?;
                 Tensor::cat(&[&rows, &ones], 1)?.matmul(&weight.t()?)?
             }
+            Self::Quantised(weight, bias) => {
+                let y = weight.forward(&rows.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(x.dtype())?;
+                if let Some(bias) = bias { y.broadcast_add(bias)? } else { y }
+            }
         };
         y.reshape([&x.dims()[..x.rank() - 1], &y.dims()[1..]].concat()) // [R, O]
     }
 }
 
 fn linear(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> CandleResult<Linear> {
-    let weight = vb.get_with_hints((out_dim, in_dim), "weight", WEIGHT)?;
     let bias = if bias { Some(vb.get_with_hints(out_dim, "bias", Init::Const(0.0))?) } else { None };
-    Linear::new(weight, bias)
+    let blocks = format!("weight{Q8_0}");
+    // some backends say that they have everything
+    if vb.contains_tensor(&blocks)
+        && let Ok(blocks) = vb.get_unchecked_dtype(&blocks, DType::U8)
+    {
+        if !in_dim.is_multiple_of(BLOCK) || blocks.dims() != [out_dim, in_dim / BLOCK * BLOCK_BYTES] {
+            candle_core::bail!(
+                "{}: {:?} bytes of blocks for a weight of [{out_dim}, {in_dim}]",
+                vb.prefix(),
+                blocks.dims()
+            );
+        }
+        let storage = QStorage::from_data(blocks.flatten_all()?.to_vec1()?.into(), vb.device(), GgmlDType::Q8_0)?;
+        return Ok(Linear::Quantised(QMatMul::from_qtensor(QTensor::new(storage, (out_dim, in_dim))?)?, bias));
+    }
+    Linear::new(vb.get_with_hints((out_dim, in_dim), "weight", WEIGHT)?, bias)
 }
 
 /// Softmax over the last dimension. Candle's fused kernel has no gradient: while training, the plain formula.

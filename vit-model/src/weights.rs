@@ -1,4 +1,4 @@
-//! Where a model's tensors come from: a safetensors file, several of them, or an importer that makes them on demand.
+//! Where a model's tensors come from: a safetensors or GGUF file, several of them, or an importer that makes them on demand.
 
 use std::collections::BTreeMap;
 
@@ -64,6 +64,17 @@ pub trait Weights: Send + Sync {
         Ok(whole(name, self.read(name)?))
     }
 
+    /// Whether a tensor is stored in blocks of Q8_0 (see [`gguf`](crate::gguf)); [`read`](Self::read) then gives the f32
+    /// that they stand for.
+    fn is_q8_0(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// The blocks of such a tensor as they are stored, every scale finite.
+    fn read_q8_0(&self, name: &str) -> crate::Result<Vec<u8>> {
+        Err(crate::Error::tensor(name, "is not stored in Q8_0"))
+    }
+
     /// The elements of one tensor, widened to f32.
     fn read_f32(&self, name: &str) -> crate::Result<Vec<f32>> {
         let info = self.tensors().get(name).ok_or_else(|| crate::Error::tensor(name, "missing"))?;
@@ -84,6 +95,19 @@ pub(crate) fn whole<'a>(name: &str, bytes: Vec<u8>) -> ReadAt<'a> {
 /// A tensor that was asked for more bytes than it has.
 pub(crate) fn too_short(name: &str, len: usize) -> crate::Error {
     crate::Error::tensor(name, format!("holds {len} bytes, fewer than its shape says"))
+}
+
+/// Weights whose quantised tensors are seen as the f32 that they stand for only.
+pub(crate) struct Dequantised<'a>(pub &'a dyn Weights);
+
+impl Weights for Dequantised<'_> {
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        self.0.tensors()
+    }
+
+    fn read(&self, name: &str) -> crate::Result<Vec<u8>> {
+        self.0.read(name)
+    }
 }
 
 /// candle's name of a stored type.

@@ -25,6 +25,9 @@ pub(super) struct Input {
     pub batch: usize,
 }
 
+/// Where the random numbers begin.
+const SEED: u64 = 0x5649_545F_5253;
+
 /// SplitMix64 (Steele, Lea and Flood 2014): the same numbers everywhere.
 pub(super) struct Random(pub u64);
 
@@ -75,10 +78,16 @@ pub(super) fn plan(graph: &Graph, config: &Config, reading: &Reading, large: boo
         None if large => vec![1],
         None => vec![2, 1],
     };
-    let mut random = Random(0x5649_545F_5253);
+    let mut random = Random(SEED);
     let alone = batches == [1];
     let run = |(i, batch)| one(&mut random, config, reading, input.dtype, batch, (i, alone));
     batches.into_iter().enumerate().map(run).collect()
+}
+
+/// Some images in the model's own form `[B, C, H, W]`, and how many they are.
+pub(super) fn images(config: &Config, batch: usize) -> Result<(Vec<f32>, usize), Error> {
+    let input = one(&mut Random(SEED), config, &Reading::default(), None, batch, (0, batch == 1))?;
+    Ok((input.pixels, input.batch))
 }
 
 fn one(

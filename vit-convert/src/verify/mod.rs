@@ -143,7 +143,7 @@ fn short(x: f64) -> String {
 /// the error names the first block whose tokens diverge.
 pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Result<Verified, Error> {
     let config = &checkpoint.info.model;
-    let large = flops(config) > LARGE;
+    let large = is_large(config);
     let model = &Predictor::new(checkpoint, &exact(large))?;
     let format = Format::of(graph);
     let mut proof = Verified {
@@ -198,8 +198,19 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
     Ok(proof)
 }
 
+/// Whether one run takes so long that one is enough.
+pub(crate) fn is_large(config: &Config) -> bool {
+    flops(config) > LARGE
+}
+
+/// Images that a model is tried on without a graph: strong noise, and a faint image on a shifted ground; one that is
+/// both, where the model is large.
+pub(crate) fn images(config: &Config) -> Result<(Vec<f32>, usize), Error> {
+    inputs::images(config, if is_large(config) { 1 } else { 4 })
+}
+
 /// What is as exact on every CPU; streamed where there is one run only, for which a model need not be packed whole.
-fn exact(streamed: bool) -> predictor::Options {
+pub(crate) fn exact(streamed: bool) -> predictor::Options {
     predictor::Options { precision: predictor::Precision::F32, streamed, ..predictor::Options::default() }
 }
 
