@@ -90,3 +90,88 @@ fn timm_folders_give_timms_answers() {
 fn transformers_folders_give_timms_meaning_of_transformers_answers() {
     judge_all("hf");
 }
+
+#[test]
+fn a_state_dict_of_torchvisions_gives_its_answers() {
+    let heads = 3;
+    for case in cases("torchvision") {
+        let file = case.join("model.safetensors");
+        let expect = candle_core::safetensors::load(case.join("expect.safetensors"), &Device::Cpu).unwrap();
+        let model = load::torchvision(&file, heads).unwrap().model(DType::F32, &Device::Cpu).unwrap();
+        let answers = answers(&model, &expect["x"]).unwrap();
+        for name in ["features", "logits"] {
+            let d = difference(&answers[name], &expect[name]);
+            assert!(d <= 1e-4, "{}: `{name}` differs by {d:.2e}", case.display());
+        }
+        // 12 channels are none of torchvision's own models': their heads are not guessed
+        let said = load::open(&file).unwrap_err().to_string();
+        assert!(said.contains("heads") && said.contains("--num-heads"), "{said}");
+        let said = load::torchvision(&file, 5).unwrap_err().to_string();
+        assert!(said.contains("num_heads") && said.contains("model.safetensors"), "{said}");
+    }
+}
+
+/// The same model in doubles, and in two files under an index.
+#[test]
+fn doubles_and_shards_give_the_same_answers() {
+    for case in ["timm/vit_base_patch16_224", "hf/vit_cls"] {
+        let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(case);
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "preprocessor_config.json", "meta.json", "expect.safetensors"] {
+            let _ = fs::copy(case.join(name), folder.path().join(name)); // timm has no processor
+        }
+        let tensors = candle_core::safetensors::load(case.join("model.safetensors"), &Device::Cpu).unwrap();
+        let mut doubles: Vec<(String, Tensor)> =
+            tensors.into_iter().map(|(name, t)| (name, t.to_dtype(DType::F64).unwrap())).collect();
+        doubles.sort_by(|a, b| a.0.cmp(&b.0));
+        let save = |name: &str, part: &[(String, Tensor)]| {
+            let part: HashMap<String, Tensor> = part.iter().cloned().collect();
+            candle_core::safetensors::save(&part, folder.path().join(name)).unwrap();
+        };
+        save("model.safetensors", &doubles);
+        judge(folder.path()).unwrap();
+
+        fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        let (a, b) = doubles.split_at(doubles.len() / 2);
+        save("a.safetensors", a);
+        save("b.safetensors", b);
+        let index = |b_is: &str| {
+            let place = |(i, (name, _)): (usize, &(String, Tensor))| {
+                (name.clone(), if i < a.len() { "a.safetensors" } else { b_is })
+            };
+            let map: HashMap<String, &str> = doubles.iter().enumerate().map(place).collect();
+            let index = serde_json::json!({ "metadata": {}, "weight_map": map }).to_string();
+            fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+        };
+        index("b.safetensors");
+        judge(folder.path()).unwrap();
+        // a file that is not there, not of this folder, or does not hold what is said
+        for (wrong, said) in [
+            ("c.safetensors", "c.safetensors"),
+            ("../b.safetensors", "no file of this folder"),
+            ("a.safetensors", "does not hold"),
+        ] {
+            index(wrong);
+            let error = load::open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(said), "{wrong}: {error}");
+        }
+    }
+}
+
+#[test]
+fn what_is_outside_the_family_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    for (config, said) in [
+        (r#"{"model_type": "beit"}"#, "relative position"),
+        (r#"{"model_type": "dinov3_vit"}"#, "rotary"),
+        (r#"{"model_type": "eva02"}"#, "rotary"),
+        (r#"{"model_type": "swin"}"#, "swin"),
+        (r#"{"architecture": "eva02_base_patch14_224"}"#, "eva02_base_patch14_224"),
+        (r#"{"architecture": "vit_base_patch16_dinov3"}"#, "did you mean"),
+        (r#"{"architecture": "resnet50"}"#, "only timm's vision_transformer.py"),
+    ] {
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        let error = load::info(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(said) && error.contains("config.json"), "{config}: {error}");
+    }
+}

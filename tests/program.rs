@@ -114,6 +114,16 @@ fn a_checkpoint_is_written_in_another_form() {
         let (code, said, _) = convert(&copy, output, &["--force"]);
         assert!(code == Some(2) && said.contains("in the folder that is read"), "{output}: {said}");
     }
+    // torchvision's heads are not in its file
+    let tv = parity.join("torchvision/plain/model.safetensors");
+    let (code, said, _) = convert(&tv, "tv.safetensors", &[]);
+    assert!(code == Some(2) && said.contains("--num-heads"), "{said}");
+    let (code, said, _) = convert(&tv, "tv.safetensors", &["--num-heads", "3"]);
+    assert_eq!(code, Some(0), "{said}");
+    let model = vit_model::load::open(&out.path().join("tv.safetensors")).unwrap().info.model;
+    assert_eq!((model.num_heads, model.depth, model.num_classes, model.img_size), (3, 2, 5, [8, 8]));
+    let (code, said, _) = convert(&fixture("timm-base-d18-fused"), "x.safetensors", &["--num-heads", "3"]);
+    assert!(code == Some(2) && said.contains("a graph says its heads"), "{said}");
 }
 
 #[test]

@@ -55,6 +55,9 @@ struct Args {
     /// The image size, where the file leaves it open: pixels, or HEIGHTxWIDTH.
     #[arg(long, value_name = "SIZE", value_parser = img_size)]
     img_size: Option<[usize; 2]>,
+    /// Attention heads, for a state dict of torchvision's that is none of its own models' (they are not in the tensors).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    num_heads: Option<u16>,
     /// Store every tensor as this type; by default each keeps the type that it has in the file. q8: matrices in ggml's Q8_0,
     /// the rest as it is, in a file that ends in .gguf.
     #[arg(long, value_name = "TYPE")]
@@ -225,6 +228,12 @@ impl Model {
 
 /// An ONNX file, converted; it is proven while it is written, unless what is written is something else, or a report is asked for.
 fn begun(args: &Args, options: &Options) -> anyhow::Result<(Model, Option<Moved>)> {
+    if args.num_heads.is_some() {
+        bail!(
+            "{}: --num-heads is for a state dict of torchvision's; a graph says its heads itself",
+            args.input.display()
+        );
+    }
     let mut converted = begin(&args.input, options)?;
     let moved = if args.dtype == Some(Type::Q8) { converted.quantise()? } else { None };
     if let Some(report) = &args.report {
@@ -246,7 +255,10 @@ fn opened(args: &Args, options: &Options) -> anyhow::Result<(Model, Option<Moved
     if args.input.is_dir() && args.output.as_ref().is_some_and(inside) {
         bail!("{name}: the output is in the folder that is read; name another");
     }
-    let Checkpoint { mut info, mut weights } = vit_model::load::open(&args.input)?;
+    let Checkpoint { mut info, mut weights } = match args.num_heads {
+        Some(heads) => vit_model::load::torchvision(&args.input, heads.into())?,
+        None => vit_model::load::open(&args.input)?,
+    };
     if let Some(labels) = &options.labels {
         info.labels = Some(labels.clone());
     }

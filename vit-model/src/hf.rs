@@ -336,11 +336,13 @@ impl Names {
         format!("{}{name}", self.prefix)
     }
 
-    fn take(&mut self, ours: &str, theirs: &str) {
+    /// A tensor as it is.
+    pub(crate) fn take(&mut self, ours: &str, theirs: &str) {
         self.recipes.insert(ours.to_owned(), Recipe::Take(self.their(theirs)));
     }
 
-    fn linear(&mut self, ours: &str, theirs: &str, bias: bool) {
+    /// Weight, and bias if there is one.
+    pub(crate) fn linear(&mut self, ours: &str, theirs: &str, bias: bool) {
         self.take(&format!("{ours}.weight"), &format!("{theirs}.weight"));
         if bias {
             self.take(&format!("{ours}.bias"), &format!("{theirs}.bias"));

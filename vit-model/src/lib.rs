@@ -51,6 +51,7 @@ mod resample;
 pub mod safetensors;
 pub mod tap;
 mod timm;
+mod torchvision;
 pub mod vit;
 pub mod weights;
 

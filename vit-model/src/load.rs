@@ -20,6 +20,7 @@ use crate::{
     gguf::Gguf,
     json, limits,
     safetensors::Safetensors,
+    torchvision,
     vit::Q8_0,
     weights::{Weights, candle_dtype},
 };
@@ -59,7 +60,7 @@ impl Checkpoint {
     }
 }
 
-/// Opens a safetensors or GGUF file of ours, or a folder as found on the Hub.
+/// Opens a safetensors or GGUF file of ours, a folder as found on the Hub, or a state dict of torchvision's.
 ///
 /// # Errors
 /// What is there and why it cannot be used, with the path.
@@ -75,8 +76,19 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
         }
         Checkpoint::new(info, Arc::new(file)).map_err(|error| error.within(path))
     } else {
-        ours(Safetensors::open(path)?)
+        let file = Safetensors::open(path)?;
+        let bare = !file.metadata().contains_key("config");
+        if bare && torchvision::is(file.tensors()) { torchvision::open(file, None) } else { ours(file) }
     }
+}
+
+/// A safetensors file with the state dict of torchvision's `VisionTransformer`, and the heads that it has: their number is
+/// not in the tensors. [`open`] knows it for the widths of torchvision's own models.
+///
+/// # Errors
+/// As [`open`]; heads that do not divide the width.
+pub fn torchvision(path: &Path, num_heads: usize) -> Result<Checkpoint> {
+    torchvision::open(Safetensors::open(path)?, Some(num_heads))
 }
 
 /// A safetensors file of ours that is part of the program; `name` stands for its path in errors.
