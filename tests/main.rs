@@ -7,6 +7,7 @@ mod evaluator;
 mod exporters;
 #[cfg(unix)]
 mod external;
+mod families;
 mod folders;
 mod forward;
 #[cfg(feature = "hub")]
