@@ -16,6 +16,8 @@ use vit_model::{
     tap::{Blocks, Layout},
 };
 
+use crate::support::Parts;
+
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 type Tensors = HashMap<String, Tensor>;
 
@@ -184,16 +186,15 @@ fn stretches_are_the_tensor() {
         }
     }
     // the index is the one in the tensor, not in the stretch
-    let mut bytes = fs::read(&digits).unwrap();
-    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
-    let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-    let (name, entry) = json.as_object().unwrap().iter().find(|(name, _)| name.ends_with("fc1.weight")).unwrap();
-    let start = 8 + header + usize::try_from(entry["data_offsets"][0].as_u64().unwrap()).unwrap();
-    bytes[start + 4 * 50..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let mut file = Parts::of(&fs::read(&digits).unwrap());
+    file.without_checksums();
+    let name = file.names().into_iter().find(|name| name.ends_with("fc1.weight")).unwrap();
+    let start = file.range(&name).start;
+    file.data[start + 4 * 50..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     let damaged = tempfile::NamedTempFile::with_suffix(".safetensors").unwrap();
-    fs::write(&damaged, bytes).unwrap();
+    fs::write(&damaged, file.bytes()).unwrap();
     let weights = load::open(damaged.path()).unwrap().weights;
-    let read = weights.stretches(name).unwrap();
+    let read = weights.stretches(&name).unwrap();
     read(0, &mut [0; 4 * 50]).unwrap();
     let error = read(4 * 40, &mut [0; 4 * 20]).unwrap_err().to_string();
     assert!(error.contains(name.as_str()) && error.contains("element 50 "), "{error}");
