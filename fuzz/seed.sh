@@ -6,7 +6,6 @@ for target in onnx safetensors config image; do mkdir -p "fuzz/corpus/$target"; 
 for file in tests/fixtures/zoo/*/model.onnx; do cp "$file" "fuzz/corpus/onnx/$(basename "$(dirname "$file")")"; done
 cp weights/digits/model.safetensors fuzz/corpus/safetensors/digits
 # what is broken in a file without checksums goes further
-cp tests/fixtures/checkpoints/*.safetensors fuzz/corpus/safetensors/
 for file in tests/fixtures/parity/*/*/model.safetensors; do cp "$file" "fuzz/corpus/safetensors/$(basename "$(dirname "$file")")"; done
 # the first byte says what the text is
 with() { printf "\\x0$1" | cat - "$2" >"fuzz/corpus/config/$1-$3"; }
