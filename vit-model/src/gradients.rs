@@ -87,6 +87,33 @@ fn gradients_are_those_of_finite_differences() {
     }
 }
 
+/// A short step down the gradient lowers the squared distance from a target, time after time, for every kind of block.
+#[test]
+fn the_loss_falls() {
+    for (name, config) in variants() {
+        let (vit, vars) = trainable(&config);
+        let x = noise(7, &[2, 2, 6, 4]);
+        let distance = || {
+            let logits = vit.forward(&x).unwrap();
+            (&logits - noise(98, logits.dims())).unwrap().sqr().unwrap().mean_all().unwrap()
+        };
+        let mut last = f64::INFINITY;
+        for step in 0..5 {
+            let now = distance();
+            let value = now.to_scalar::<f64>().unwrap();
+            assert!(value < last, "{name}: {value} after {step} steps, {last} before the last");
+            last = value;
+            let grads = now.backward().unwrap();
+            let grads: Vec<_> = vars.iter().map(|(_, var)| (var, grads.get(var).unwrap())).collect();
+            let squares = |grad: &Tensor| grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            let norm = grads.iter().map(|(_, grad)| squares(grad)).sum::<f64>().sqrt();
+            for (var, grad) in grads {
+                var.set(&(var.as_tensor() - (grad * (1e-3 / norm)).unwrap()).unwrap()).unwrap();
+            }
+        }
+    }
+}
+
 #[test]
 fn training_and_inference_compute_the_same() {
     for (name, config) in variants() {
