@@ -159,5 +159,7 @@ fn an_answer_that_is_no_number_is_an_error() {
             let done = finish(vit_cli().args(["embed", "--model"]).arg(&path).arg(&sample));
             assert!(matches!(done.code, Some(1 | 2)) && done.stderr.contains("finite"), "{tensor}: {done:?}");
         }
+        let done = finish(vit_cli().args(["bench", "--iters", "1", "--device", "cpu"]).arg(&path));
+        assert!(done.code == Some(2) && done.stderr.contains("the model answers"), "{tensor}: {done:?}");
     }
 }

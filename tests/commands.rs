@@ -102,6 +102,8 @@ fn explain_draws_the_picture_under_the_attention() {
     }
     finish(vit_cli().arg("explain").arg(&sample).args(["--method", "map", "--block", "4", "-o"]).arg(&png))
         .bad(2, &["--block 4", "0 to 3"]);
+    finish(vit_cli().arg("explain").arg(&sample).args(["--precision", "bf16", "-o"]).arg(&png))
+        .bad(2, &["--precision", "f32"]);
 }
 
 #[test]

@@ -11,9 +11,6 @@ use vit_convert::{Options, convert};
 
 use crate::support;
 
-const BEGIN: &str = "<!-- exporters: written by tests/exporters.rs -->\n";
-const END: &str = "<!-- /exporters -->";
-
 /// Cases by the way that they were made, in the table's order.
 const ROWS: [(&str, &str, &str); 21] = [
     ("timm", "torch-legacy", "timm, TorchScript exporter"),
@@ -157,14 +154,5 @@ fn bound(worst: f64) -> String {
 
 #[test]
 fn the_readme_says_what_is_recovered() {
-    let path = support::root().join("README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = readme.split_once(BEGIN).expect("README.md has the table's first marker");
-    let (old, after) = rest.split_once(END).expect("README.md has the table's last marker");
-    let new = table();
-    if std::env::var_os("VIT_BLESS").is_some() {
-        std::fs::write(&path, format!("{before}{BEGIN}{new}{END}{after}")).unwrap();
-        return;
-    }
-    assert!(old == new, "run with VIT_BLESS=1; the fixtures say\n{new}");
+    support::readme_block("exporters", &table());
 }

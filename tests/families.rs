@@ -17,9 +17,6 @@ use vit_model::{
 
 use crate::support;
 
-const BEGIN: &str = "<!-- families: written by tests/families.rs -->\n";
-const END: &str = "<!-- /families -->";
-
 /// A family, and its fixtures: `library/name`.
 const ROWS: [(&str, &[&str]); 18] = [
     (
@@ -288,14 +285,5 @@ fn table() -> String {
 
 #[test]
 fn the_readme_says_what_is_supported() {
-    let path = support::root().join("README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = readme.split_once(BEGIN).expect("README.md has the table's first marker");
-    let (old, after) = rest.split_once(END).expect("README.md has the table's last marker");
-    let new = table();
-    if std::env::var_os("VIT_BLESS").is_some() {
-        std::fs::write(&path, format!("{before}{BEGIN}{new}{END}{after}")).unwrap();
-        return;
-    }
-    assert!(old == new, "run with VIT_BLESS=1; the fixtures say\n{new}");
+    support::readme_block("families", &table());
 }

@@ -1,4 +1,4 @@
-//! Running the programs, reading and writing what they read and write, and random numbers from a seed.
+//! Running the programs, reading and writing what they read and write, README's tables, and random numbers from a seed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,6 +12,20 @@ use vit_convert::{Converted, write};
 /// The root of the repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// README.md holds this text between the markers of `tests/<name>.rs`; with `VIT_BLESS` in the environment it is put there.
+pub fn readme_block(name: &str, text: &str) {
+    let (begin, end) = (format!("<!-- {name}: written by tests/{name}.rs -->\n"), format!("<!-- /{name} -->"));
+    let path = root().join("README.md");
+    let readme = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = readme.split_once(&begin).expect("README.md has the block's first marker");
+    let (old, after) = rest.split_once(&end).expect("README.md has the block's last marker");
+    if std::env::var_os("VIT_BLESS").is_some() {
+        std::fs::write(&path, format!("{before}{begin}{text}{end}{after}")).unwrap();
+        return;
+    }
+    assert!(old == text, "run with VIT_BLESS=1; the fixtures say\n{text}");
 }
 
 /// vit-cli, without what the caller's environment would change.

@@ -16,7 +16,10 @@ use crate::{complain, model, predict, save};
 const MIN_SIDE: usize = 224;
 
 pub fn run(args: &ExplainArgs, verbose: bool) -> anyhow::Result<()> {
-    let predictor::Options { device, .. } = model::options(args.run)?;
+    let predictor::Options { device, precision, .. } = model::options(args.run)?;
+    if !matches!(precision, predictor::Precision::Auto | predictor::Precision::F32) {
+        bail!("--precision: attention is read from candle's modules, which run in f32 here; leave it out, or say f32");
+    }
     let checkpoint = model::checkpoint(&args.model)?;
     let config = &checkpoint.info.model;
     check(args, config)?;

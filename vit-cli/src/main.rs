@@ -40,11 +40,7 @@ pub enum Outcome {
 }
 
 fn main() -> ExitCode {
-    // a second handler cannot be installed, and without one the system's default still ends the program
-    let _ = ctrlc::set_handler(|| {
-        vit_convert::save::abandon();
-        std::process::exit(130);
-    });
+    vit_convert::save::guard();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -106,11 +106,7 @@ enum Library {
 }
 
 fn main() -> ExitCode {
-    // a second handler cannot be installed, and without one the system's default still ends the program
-    let _ = ctrlc::set_handler(|| {
-        save::abandon();
-        std::process::exit(130);
-    });
+    save::guard();
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => {

@@ -9,21 +9,29 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
 };
 
 use crate::{Error, Result};
 
-/// The temporaries that are being written; [`abandon`] removes them.
+/// The temporaries that are being written; a signal removes them.
 static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Removes what is being written: for the handler of a signal, just before the program ends.
-pub fn abandon() {
-    for path in temporaries().drain(..) {
-        let _ = fs::remove_file(path);
-    }
+/// What a program that writes files does about signals, to be called once when it starts: one that ends the program removes
+/// what is being written first, and a file beyond the limit on its size is an error of that file.
+pub fn guard() {
+    // a second handler cannot be installed, and without one the system's default still ends the program
+    let _ = ctrlc::set_handler(|| {
+        for path in temporaries().drain(..) {
+            let _ = fs::remove_file(path);
+        }
+        std::process::exit(130);
+    });
+    // where somebody takes note of the signal, the write itself fails, and says why
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
 }
 
 fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
