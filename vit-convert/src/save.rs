@@ -1,4 +1,5 @@
-//! An output file appears whole or not at all: a sibling temporary, synced, renamed; nothing left after a failure or a signal.
+//! An output file appears whole or not at all: written without a name or to a sibling temporary, synced, renamed; nothing
+//! left after a failure or a signal.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]
@@ -45,16 +46,14 @@ fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
 /// there before is unchanged.
 pub fn file<E: From<Error>>(path: &Path, inputs: &[&Path], fill: impl FnOnce(&File) -> Result<(), E>) -> Result<(), E> {
     let target = destination(path, inputs)?;
-    let (temporary, file) = create_beside(&target).map_err(Error::io(path))?;
-    let written = fill(&file).and_then(|()| {
+    let (file, named) = create_beside(&target).map_err(Error::io(path))?;
+    fill(&file).and_then(|()| {
         file.sync_all().map_err(Error::io(path))?;
+        let temporary = named.map_or_else(|| name_beside(&file, &target), Ok).map_err(Error::io(path))?;
         fs::rename(temporary.path(), &target).map_err(Error::io(path))?;
+        temporary.keep();
         Ok(())
-    });
-    match written {
-        Ok(()) => temporary.keep(),
-        Err(error) => return Err(error),
-    }
+    })?;
     // the file is whole and in place; not every system can sync a folder
     if let Some(folder) = target.parent() {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
@@ -125,8 +124,52 @@ impl Drop for Temporary {
     }
 }
 
-/// A new file beside the target, with the mode that the umask gives.
-fn create_beside(target: &Path) -> io::Result<(Temporary, File)> {
+/// A new file in the target's folder, with the mode that the umask gives: without a name where the system can make one so,
+/// since nothing is left of that however the program ends; else under a temporary one.
+fn create_beside(target: &Path) -> io::Result<(File, Option<Temporary>)> {
+    #[cfg(target_os = "linux")]
+    if let Some(file) = nameless::create(target) {
+        return Ok((file, None));
+    }
+    let create = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path);
+    temporary_beside(target, create).map(|(temporary, file)| (file, Some(temporary)))
+}
+
+/// A temporary name for a file that has none.
+fn name_beside(file: &File, target: &Path) -> io::Result<Temporary> {
+    #[cfg(target_os = "linux")]
+    return temporary_beside(target, |path| nameless::name(file, path)).map(|(temporary, ())| temporary);
+    #[cfg(not(target_os = "linux"))]
+    Err(io::Error::other(format!("{file:?} for {} has no name", target.display())))
+}
+
+/// Files without a name.
+#[cfg(target_os = "linux")]
+mod nameless {
+    use std::{fs::File, io, os::fd::AsRawFd as _, path::Path};
+
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+
+    /// None where the file system has no such files, or where they could not be named later.
+    pub fn create(target: &Path) -> Option<File> {
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = open(folder, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, Mode::from_raw_mode(0o666)).ok()?;
+        let file = File::from(file);
+        Path::new(&link(&file)).symlink_metadata().is_ok().then_some(file)
+    }
+
+    pub fn name(file: &File, path: &Path) -> io::Result<()> {
+        Ok(linkat(CWD, link(file), CWD, path, AtFlags::SYMLINK_FOLLOW)?)
+    }
+
+    /// Where the system shows an open file.
+    fn link(file: &File) -> String {
+        format!("/proc/self/fd/{}", file.as_raw_fd())
+    }
+}
+
+/// A name beside the target that `make` could make a file of.
+fn temporary_beside<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Temporary, T)> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = target.file_name().unwrap_or_default();
     loop {
@@ -137,14 +180,47 @@ fn create_beside(target: &Path) -> io::Result<(Temporary, File)> {
         let temporary = target.with_file_name(temporary);
         // held over the creation: a signal in between must find the name
         let mut list = temporaries();
-        match OpenOptions::new().write(true).create_new(true).open(&temporary) {
-            Ok(file) => {
+        match make(&temporary) {
+            Ok(made) => {
                 list.push(temporary.clone());
                 drop(list);
-                return Ok((Temporary(Some(temporary)), file));
+                return Ok((Temporary(Some(temporary)), made));
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::arithmetic_side_effects)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_written_has_no_name_where_the_system_can_do_without() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let names = || fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+        #[cfg(target_os = "linux")]
+        let nameless = nameless::create(&path).is_some();
+        #[cfg(not(target_os = "linux"))]
+        let nameless = false;
+        for text in ["first", "second"] {
+            let before = names();
+            file::<Error>(&path, &[], |mut file| {
+                io::Write::write_all(&mut file, text.as_bytes()).map_err(Error::io(&path))?;
+                assert_eq!(names().len(), before.len() + usize::from(!nameless));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            assert_eq!(names(), ["out"]);
+        }
+        // and where it cannot
+        let (temporary, _) = temporary_beside(&path, |path| File::create_new(path)).unwrap();
+        assert_eq!(names().len(), 2);
+        drop(temporary);
+        assert_eq!(names(), ["out"]);
     }
 }
