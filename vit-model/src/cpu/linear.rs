@@ -390,66 +390,96 @@ impl<M: Multiply> Finish<'_, M> {
     /// Row by row, everything that follows the product.
     #[inline(always)]
     unsafe fn run<A: Act<M::S>>(&self, s: M::S, rows: std::ops::Range<usize>) {
-        let (Self { job, panel, row, .. }, shape) = (*self, M::SHAPE);
-        let width = if job.linear.gated { shape.cols / 2 } else { shape.cols };
-        let first = panel * width;
+        let (Self { job, panel, row, sums, .. }, shape) = (*self, M::SHAPE);
+        // copies, which no store of a result can change: they stay in registers
+        let Job { linear, to, .. } = *job;
+        let values = Values { sums, bias: linear.bias(panel), cols: shape.cols, gated: linear.gated };
+        let width = if linear.gated { shape.cols / 2 } else { shape.cols };
+        let (first, lanes) = (panel * width, M::S::LANES);
         // SAFETY: the caller's
         unsafe {
-            for i in rows {
-                match job.to {
-                    To::Acts(acts) => {
+            match to {
+                To::Acts(acts) if width.is_multiple_of(2 * lanes) => {
+                    for i in rows {
                         let to = acts.row_of(shape.tile, row + i);
-                        if width.is_multiple_of(2 * M::S::LANES) {
-                            for j in (0..width).step_by(2 * M::S::LANES) {
-                                let (x, y) = (self.value::<A>(s, i, j), self.value::<A>(s, i, j + M::S::LANES));
-                                to.put_pair(s, first + j, x, y);
-                            }
-                        } else {
-                            for j in (0..width).step_by(M::S::LANES) {
-                                to.put(s, first + j, self.value::<A>(s, i, j));
-                            }
+                        for j in (0..width).step_by(2 * lanes) {
+                            let (x, y) = (values.at::<A, _>(s, i, j), values.at::<A, _>(s, i, j + lanes));
+                            to.put_pair(s, first + j, x, y);
                         }
                     }
-                    To::Halves(halves) => {
+                }
+                To::Acts(acts) => {
+                    for i in rows {
+                        let to = acts.row_of(shape.tile, row + i);
+                        for j in (0..width).step_by(lanes) {
+                            to.put(s, first + j, values.at::<A, _>(s, i, j));
+                        }
+                    }
+                }
+                To::Halves(halves) => {
+                    for i in rows {
                         let to = halves.row(row + i).add(first);
-                        for j in (0..width).step_by(M::S::LANES) {
-                            s.store_bf16(to.add(j), self.value::<A>(s, i, j));
+                        for j in (0..width).step_by(lanes) {
+                            s.store_bf16(to.add(j), values.at::<A, _>(s, i, j));
                         }
                     }
-                    To::Rows(rows, add) => {
-                        let (to, added) = match add {
-                            Add::Nothing => (rows.row(row + i), None),
-                            Add::Residual => (rows.row(row + i), Some(rows.row(row + i))),
-                            Add::Position { rows: positions, period, stride, first } => {
-                                let (image, at) = ((row + i) / period, (row + i) % period);
-                                (rows.row(image * stride + first + at), positions.map(|rows| rows.row(at)))
-                            }
-                        };
-                        for j in (0..width).step_by(M::S::LANES) {
-                            let mut x = self.value::<A>(s, i, j);
-                            if let Some(added) = added {
-                                x = s.add(x, s.load(added.add(first + j)));
-                            }
-                            s.store(to.add(first + j), x);
+                }
+                To::Rows(to, Add::Nothing) => {
+                    for i in rows {
+                        let to = to.row(row + i).add(first);
+                        for j in (0..width).step_by(lanes) {
+                            s.store(to.add(j), values.at::<A, _>(s, i, j));
+                        }
+                    }
+                }
+                To::Rows(to, Add::Residual) => {
+                    for i in rows {
+                        let to = to.row(row + i).add(first);
+                        for j in (0..width).step_by(lanes) {
+                            s.store(to.add(j), s.add(values.at::<A, _>(s, i, j), s.load(to.add(j))));
+                        }
+                    }
+                }
+                To::Rows(to, Add::Position { rows: positions, period, stride, first: first_row }) => {
+                    for i in rows {
+                        let (image, at) = ((row + i) / period, (row + i) % period);
+                        let to = to.row(image * stride + first_row + at).add(first);
+                        let position = positions.map(|rows| rows.row(at).add(first));
+                        for j in (0..width).step_by(lanes) {
+                            let x = values.at::<A, _>(s, i, j);
+                            s.store(to.add(j), position.map_or(x, |position| s.add(x, s.load(position.add(j)))));
                         }
                     }
                 }
             }
         }
     }
+}
 
+/// The values of a panel, before anything is added.
+#[derive(Clone, Copy)]
+struct Values {
+    sums: *const f32,
+    bias: *const f32,
+    cols: usize,
+    gated: bool,
+}
+
+impl Values {
     /// `act(sum + bias)`, of a gated layer `act(gate) · value`: a vector of one row.
+    ///
+    /// # Safety
+    /// The row's sums are complete, the columns inside the panel.
     #[inline(always)]
-    unsafe fn value<A: Act<M::S>>(&self, s: M::S, i: usize, j: usize) -> <M::S as Simd>::F {
-        let (Self { job, panel, sums, .. }, cols) = (*self, M::SHAPE.cols);
-        // SAFETY: inside the panel's rows of sums and its biases
+    unsafe fn at<A: Act<S>, S: Simd>(self, s: S, i: usize, j: usize) -> S::F {
+        // SAFETY: the caller's
         unsafe {
-            let (sum, bias) = (sums.add(i * cols + j), job.linear.bias(panel).add(j));
+            let (sum, bias) = (self.sums.add(i * self.cols + j), self.bias.add(j));
             let x = A::call(s, s.add(s.load(sum), s.load(bias)));
-            if !job.linear.gated {
+            if !self.gated {
                 return x;
             }
-            let width = cols / 2;
+            let width = self.cols / 2;
             s.mul(x, s.add(s.load(sum.add(width)), s.load(bias.add(width))))
         }
     }
