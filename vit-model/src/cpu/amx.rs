@@ -254,12 +254,51 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     }
 
     #[inline(always)]
+    unsafe fn pack_half_columns(self, from: *const u16, stride: usize, columns: usize, chunks: usize, to: *mut u8) {
+        for (chunk, tile) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
+            // SAFETY: the caller's; `self` proves the features
+            unsafe {
+                let mut rows = [_mm512_setzero_si512(); TILE];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    if tile * TILE + i < columns {
+                        *row = _mm512_loadu_si512(from.add((tile * TILE + i) * stride + chunk * 32).cast());
+                    }
+                }
+                transpose(&mut rows);
+                let to = to.add((chunk * 2 + tile) * BYTES);
+                rows.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_half_rows(self, from: *const u16, stride: usize, rows: usize, to: *mut u8) {
+        // SAFETY: the caller's; `self` proves the features
+        unsafe {
+            let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
+            for pair in 0..TILE {
+                let row = |i: usize, half: usize| {
+                    if i < rows {
+                        _mm256_loadu_si256(from.add(i * stride + half * 16).cast())
+                    } else {
+                        _mm256_setzero_si256()
+                    }
+                };
+                for tile in 0..2 {
+                    let (x, y) = (row(2 * pair, tile), row(2 * pair + 1, tile));
+                    let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(x), y);
+                    let to = to.add(tile * BYTES + pair * STRIDE);
+                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, both));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
         // SAFETY: the caller's; `self` proves the features
         unsafe {
-            // a value of the one row, a value of the other, …
-            let pairs = std::array::from_fn::<u16, 32, _>(|i| (i / 2 + i % 2 * 16) as u16);
-            let pairs = _mm512_loadu_si512(pairs.as_ptr().cast());
+            let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
             for pair in 0..TILE {
                 for tile in 0..2 {
                     let row = |i: usize| {
@@ -276,6 +315,17 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
         }
     }
 }
+
+/// A value of the one row, a value of the other, …
+static PAIRS: [u16; 32] = {
+    let mut pairs = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        pairs[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    pairs
+};
 
 impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
     /// Two vectors as bf16, one behind the other, and (`SPLIT`) what the rounding left over.

@@ -208,12 +208,34 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
+    /// The first value of this head and image from row `first` on, and how far it is to the next row, where they are in
+    /// bf16 and need no padding: they are packed as they are.
+    #[inline(always)]
+    fn halves(&self, (from, column): (From, usize), first: usize) -> Option<(*const u16, usize)> {
+        let job = self.job;
+        match from {
+            From::Halves(halves) if M::HALVES && job.norms.is_none() && job.dim.is_multiple_of(M::SHAPE.cols) => {
+                let row = halves.row(self.image * job.tokens + first);
+                Some((row.wrapping_add(column + self.head * job.dim), halves.stride))
+            }
+            _ => None,
+        }
+    }
+
     /// Kᵀ in panels of keys.
     #[inline(always)]
     unsafe fn pack_keys(&self, s: M::S) {
         let (job, cols, width, (chunks, _)) = (self.job, M::SHAPE.cols, self.width(), self.chunks());
         // SAFETY: the caller's
         unsafe {
+            if let Some((from, stride)) = self.halves(job.k, job.first_key) {
+                for first in (0..job.keys()).step_by(cols) {
+                    let to = self.scratch.add(self.at.keys + first / cols * Self::panel(chunks));
+                    let from = from.add(first * stride);
+                    self.multiply.pack_half_columns(from, stride, cols.min(job.keys() - first), chunks, to);
+                }
+                return;
+            }
             let rows = self.scratch.add(self.at.rows).cast::<f32>();
             for first in (0..job.keys()).step_by(cols) {
                 for i in 0..cols {
@@ -238,6 +260,14 @@ impl<M: Multiply> Head<'_, M> {
         let chunk = shape.elements.chunk();
         // SAFETY: the caller's
         unsafe {
+            if let Some((from, stride)) = self.halves(job.v, job.first_key) {
+                for (i, panel) in (0..chunks).flat_map(|i| (0..job.dim / shape.cols).map(move |panel| (i, panel))) {
+                    let to = self.scratch.add(self.at.values + panel * Self::panel(chunks) + i * Self::panel(1));
+                    let from = from.add(i * chunk * stride + panel * shape.cols);
+                    self.multiply.pack_half_rows(from, stride, chunk.min(job.keys() - i * chunk), to);
+                }
+                return;
+            }
             let rows = self.scratch.add(self.at.rows).cast::<f32>();
             for i in 0..chunks {
                 let count = chunk.min(job.keys() - i * chunk);
@@ -267,7 +297,13 @@ impl<M: Multiply> Head<'_, M> {
             let tiles = |start: *mut u8, chunks: usize, low: usize, i: usize| {
                 ActsRow::new(shape, start.add(i / shape.tile * chunks * shape.tile * 64), i % shape.tile, low)
             };
+            let halves = self.halves(job.q, 0);
             for i in 0..rows {
+                if let Some((from, stride)) = halves {
+                    let from = from.add((queries.start + i) * stride);
+                    tiles(q, dim_chunks, at.queries_low, i).copy_halves(s, from, job.dim);
+                    continue;
+                }
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
                 self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
                 let to = tiles(q, dim_chunks, at.queries_low, i);
@@ -294,6 +330,16 @@ impl<M: Multiply> Head<'_, M> {
                 let c = sums.add(panel * block);
                 multiply.product(&product::<M>(weights, key_chunks, at.weights_low, rows, b, c));
                 let width = shape.cols.min(job.dim - panel * shape.cols);
+                if let (To::Acts(acts), true) = (job.to, M::HALVES && job.dim.is_multiple_of(shape.cols)) {
+                    for (i, &inverse) in inverse.iter().enumerate().take(rows) {
+                        let (row, inverse) = (c.add(i * shape.cols), s.splat(inverse));
+                        let to = acts.row_of(shape.tile, self.image * job.queries + queries.start + i);
+                        let (x, y) = (s.load(row), s.load(row.add(M::S::LANES)));
+                        let column = self.head * job.dim + panel * shape.cols;
+                        to.put_pair(s, column, s.mul(x, inverse), s.mul(y, inverse));
+                    }
+                    continue;
+                }
                 for (i, &inverse) in inverse.iter().enumerate().take(rows) {
                     let (row, inverse) = (c.add(i * shape.cols), s.splat(inverse));
                     for column in (0..shape.cols).step_by(M::S::LANES) {

@@ -48,6 +48,32 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
         unsafe { pack_panel(Self::SHAPE, from, stride, Self::SHAPE.cols, chunks, to) }
     }
 
+    /// As [`pack_columns`](Self::pack_columns), from rows of bf16; columns from `columns` on are zero. Of kernels that say
+    /// [`HALVES`](Self::HALVES).
+    ///
+    /// # Safety
+    /// `from` is valid for reading `columns` rows of `chunks` chunks; otherwise as for `pack_columns`.
+    #[inline(always)]
+    unsafe fn pack_half_columns(
+        self,
+        _from: *const u16,
+        _stride: usize,
+        _columns: usize,
+        _chunks: usize,
+        _to: *mut u8,
+    ) {
+        unreachable!("this kernel's attention reads f32")
+    }
+
+    /// As [`pack_rows`](Self::pack_rows), from rows of bf16. Of kernels that say [`HALVES`](Self::HALVES).
+    ///
+    /// # Safety
+    /// As for `pack_rows`.
+    #[inline(always)]
+    unsafe fn pack_half_rows(self, _from: *const u16, _stride: usize, _rows: usize, _to: *mut u8) {
+        unreachable!("this kernel's attention reads f32")
+    }
+
     /// Packs one chunk of a panel whose rows are rows of a matrix in f32: V. Rows from `rows` on are zero.
     ///
     /// # Safety

@@ -228,6 +228,15 @@ impl ActsRow {
         }
     }
 
+    /// Copies values in bf16, a multiple of two vectors.
+    #[inline(always)]
+    pub(crate) unsafe fn copy_halves<S: Simd>(&self, s: S, from: *const u16, len: usize) {
+        for column in (0..len).step_by(2 * S::LANES) {
+            // SAFETY: the caller's; two vectors of bf16 are as many bytes as one of f32
+            unsafe { s.store(self.at(column).cast(), s.load(from.add(column).cast())) };
+        }
+    }
+
     /// Writes a run of values that begins at any column.
     #[inline(always)]
     pub(crate) unsafe fn put_run<S: Simd>(&self, s: S, column: usize, values: &[f32]) {
@@ -304,7 +313,7 @@ impl Rows {
 pub(crate) struct Halves {
     start: *mut u16,
     /// Values from a row to the next.
-    stride: usize,
+    pub(crate) stride: usize,
 }
 
 // SAFETY: as for `Acts`
