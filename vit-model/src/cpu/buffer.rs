@@ -2,9 +2,11 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 const LINE: usize = 64;
-const HUGE: usize = 2 << 20;
+/// From here on memory comes from a [`Slab`](slab::Slab).
+const LARGE: usize = 64 << 10;
 
 /// Zeroed bytes that never move. Threads write disjoint parts of it through [`Buffer::ptr`].
 #[derive(Debug)]
@@ -12,6 +14,8 @@ pub(crate) struct Buffer {
     start: NonNull<u8>,
     layout: Layout,
     len: usize,
+    /// Where it is a part of one.
+    slab: Option<Arc<slab::Slab>>,
 }
 
 // SAFETY: it owns plain bytes; whoever writes through `ptr` answers for the absence of races
@@ -23,14 +27,14 @@ impl Buffer {
     /// `len` zeroed bytes.
     pub(crate) fn new(len: usize) -> Self {
         let layout = Layout::from_size_align(len.max(1), LINE).expect("the size of a buffer fits the address space");
-        if len >= HUGE
-            && let Some(start) = map::zeroed(len)
+        if len >= LARGE
+            && let Some((slab, start)) = slab::take(len)
         {
-            return Self { start, layout, len };
+            return Self { start, layout, len, slab: Some(slab) };
         }
         // SAFETY: the layout is not empty
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
-        Self { start, layout, len }
+        Self { start, layout, len, slab: None }
     }
 
     /// The first byte, aligned to 64.
@@ -52,51 +56,130 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.len >= HUGE && map::release(self.start, self.len) {
-            return;
+        if self.slab.is_none() {
+            // SAFETY: `new` allocated it with this layout
+            unsafe { dealloc(self.start.as_ptr(), self.layout) }
         }
-        // SAFETY: `new` allocated it with this layout
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
     }
 }
 
-/// Large buffers come straight from the system: zeroed without a write, so that the threads that fill them take the
-/// page faults, and in huge pages.
+/// Large buffers are cut one after the other from mappings of the system: zeroed without a write, so that the threads
+/// that fill them take the page faults, and in huge pages, which neighbours share. A mapping for each would leave its ends,
+/// half of a model's weights, in small pages.
 #[cfg(all(target_os = "linux", not(miri)))]
-mod map {
+mod slab {
     use std::ptr::NonNull;
+    use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-    /// Fresh pages, or nothing where the system has none; then [`release`] is not to be asked either.
-    pub(super) fn zeroed(len: usize) -> Option<NonNull<u8>> {
-        // SAFETY: a new private mapping; nothing else refers to it
-        let start = unsafe {
-            let (read_write, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-            libc::mmap(std::ptr::null_mut(), len, read_write, private, -1, 0)
-        };
-        if start == libc::MAP_FAILED {
-            let layout = std::alloc::Layout::from_size_align(len, 64).expect("checked by the caller");
-            std::alloc::handle_alloc_error(layout);
-        }
-        // SAFETY: the mapping above; advice that the system may refuse
-        unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
-        NonNull::new(start.cast())
+    const HUGE: usize = 2 << 20;
+    /// Where a buffer begins.
+    const PAGE: usize = 4096;
+    /// Bytes of a mapping that buffers share; what none needs is not touched, and takes no memory.
+    const SHARED: usize = 64 << 20;
+
+    /// A mapping, until the last buffer in it is dropped.
+    #[derive(Debug)]
+    pub(super) struct Slab {
+        mapped: *mut libc::c_void,
+        bytes: usize,
+        /// The first huge page.
+        start: NonNull<u8>,
     }
 
-    pub(super) fn release(start: NonNull<u8>, len: usize) -> bool {
-        // SAFETY: `zeroed` mapped exactly this
-        unsafe { libc::munmap(start.as_ptr().cast(), len) == 0 }
+    // SAFETY: an address that only `drop` hands back to the system
+    unsafe impl Send for Slab {}
+    // SAFETY: as above
+    unsafe impl Sync for Slab {}
+
+    /// The mapping that buffers are cut from now, and the bytes that it has given.
+    static CURRENT: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
+
+    /// Fresh bytes, and what keeps them.
+    pub(super) fn take(len: usize) -> Option<(Arc<Slab>, NonNull<u8>)> {
+        if len > SHARED / 2 {
+            let slab = Slab::new(len);
+            let start = slab.start;
+            return Some((Arc::new(slab), start));
+        }
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let slab = match current.0.upgrade() {
+            Some(slab) if current.1 + len <= SHARED => slab,
+            _ => {
+                let slab = Arc::new(Slab::new(SHARED));
+                *current = (Arc::downgrade(&slab), 0);
+                slab
+            }
+        };
+        // SAFETY: the slab has `SHARED` bytes, of which nobody was given these
+        let start = unsafe { slab.start.add(current.1) };
+        current.1 += len.next_multiple_of(PAGE);
+        Some((slab, start))
+    }
+
+    impl Slab {
+        fn new(len: usize) -> Self {
+            let bytes = len + HUGE;
+            // SAFETY: a new private mapping; nothing else refers to it
+            let mapped = unsafe {
+                let (read_write, private) =
+                    (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+                libc::mmap(std::ptr::null_mut(), bytes, read_write, private | libc::MAP_NORESERVE, -1, 0)
+            };
+            let start = mapped.cast::<u8>().wrapping_add(mapped.cast::<u8>().align_offset(HUGE));
+            let Some(start) = NonNull::new(start).filter(|_| mapped != libc::MAP_FAILED) else {
+                let layout = std::alloc::Layout::from_size_align(len, 64).expect("checked by the caller");
+                std::alloc::handle_alloc_error(layout);
+            };
+            // SAFETY: inside the mapping above; advice that the system may refuse
+            unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+            Self { mapped, bytes, start }
+        }
+    }
+
+    impl Drop for Slab {
+        fn drop(&mut self) {
+            // SAFETY: `new` mapped exactly this, and no buffer is left in it
+            unsafe { libc::munmap(self.mapped, self.bytes) };
+        }
     }
 }
 
 #[cfg(not(all(target_os = "linux", not(miri))))]
-mod map {
+mod slab {
     use std::ptr::NonNull;
+    use std::sync::Arc;
 
-    pub(super) fn zeroed(_len: usize) -> Option<NonNull<u8>> {
+    #[derive(Debug)]
+    pub(super) enum Slab {}
+
+    pub(super) fn take(_len: usize) -> Option<(Arc<Slab>, NonNull<u8>)> {
         None
     }
+}
 
-    pub(super) fn release(_start: NonNull<u8>, _len: usize) -> bool {
-        false
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zeroed_and_keep_what_is_theirs() {
+        let mut kept = Vec::new();
+        for round in 0..4u8 {
+            for len in [0, 1, LINE, LARGE - 1, LARGE, LARGE + 1, 3 << 20, 33 << 20, 40 << 20] {
+                let buffer = Buffer::new(len);
+                assert!(buffer.ptr().addr().is_multiple_of(LINE) && buffer.len() == len);
+                // SAFETY: its own bytes
+                let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.ptr(), len) };
+                assert!(bytes.iter().all(|&x| x == 0), "{len}");
+                bytes.fill(kept.len() as u8 + 1);
+                kept.push(buffer);
+            }
+            kept.retain(|buffer| buffer.len() % 2 == usize::from(round) % 2);
+        }
+        for buffer in &kept {
+            // SAFETY: as above
+            let bytes = unsafe { std::slice::from_raw_parts(buffer.ptr(), buffer.len()) };
+            assert!(bytes.windows(2).all(|pair| pair[0] == pair[1] && pair[0] > 0));
+        }
     }
 }
