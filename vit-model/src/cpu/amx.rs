@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::avx512::Dot;
+use super::avx512::{Dot, transpose};
 use super::kernel::Entered;
 use super::linear::{Blocking, Multiply};
 use super::pack::{Elements, Product, Shape};
@@ -344,39 +344,6 @@ impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
             let x = _mm512_sub_ps(x, wide(_mm512_castsi512_si256(high)));
             let y = _mm512_sub_ps(y, wide(_mm512_extracti64x4_epi64(high, 1)));
             (high, self.avx512.pair(x, y))
-        }
-    }
-}
-
-/// 16 rows of 16 numbers of 32 bits → its transpose.
-///
-/// # Safety
-/// The CPU has AVX-512 F.
-#[inline(always)]
-unsafe fn transpose(rows: &mut [__m512i; TILE]) {
-    // SAFETY: the caller's
-    unsafe {
-        let mut t = *rows;
-        // pairs of rows, then fours, then the quarters of the registers, twice
-        for i in (0..16).step_by(2) {
-            t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-        }
-        for i in (0..16).step_by(4) {
-            rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        for i in 0..4 {
-            for half in [0, 8] {
-                t[half + i] = _mm512_shuffle_i32x4::<0x88>(rows[half + i], rows[half + i + 4]);
-                t[half + i + 4] = _mm512_shuffle_i32x4::<0xdd>(rows[half + i], rows[half + i + 4]);
-            }
-        }
-        for i in 0..8 {
-            rows[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]);
-            rows[i + 8] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[i + 8]);
         }
     }
 }

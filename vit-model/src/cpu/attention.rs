@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use super::linear::Multiply;
 use super::norm::Norm;
-use super::pack::{Acts, ActsRow, Halves, Product, Rows};
-use super::simd::{Op, Simd, exp2};
+use super::pack::{Acts, ActsRow, Elements, Halves, Product, Rows};
+use super::simd::{Op, Simd, exp2, exp2_for_bf16};
 
 /// The attentions of one layer.
 pub(crate) struct Job<'a> {
@@ -222,6 +222,17 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
+    /// Fetches a row of the next head, whose query of this head is at `q`: its query, key and value.
+    #[inline(always)]
+    fn fetch_next(&self, s: M::S, q: *const u16) {
+        let job = self.job;
+        for column in [job.q.1, job.k.1, job.v.1] {
+            for line in 0..job.dim / 32 {
+                s.fetch_far(q.wrapping_add(column + job.dim + line * 32).wrapping_sub(job.q.1).cast());
+            }
+        }
+    }
+
     /// Kᵀ in panels of keys.
     #[inline(always)]
     unsafe fn pack_keys(&self, s: M::S) {
@@ -322,6 +333,9 @@ impl<M: Multiply> Head<'_, M> {
             }
             let mut inverse = [0f32; 64];
             for (i, inverse) in inverse.iter_mut().enumerate().take(rows) {
+                if let Some((from, stride)) = halves {
+                    self.fetch_next(s, from.add((queries.start + i) * stride));
+                }
                 let to = tiles(weights, key_chunks, at.weights_low, i);
                 *inverse = 1.0 / self.softmax(s, scores.add(i * shape.cols), to);
             }
@@ -357,6 +371,12 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
+    /// `2ˣ`, as exact as what is made of it.
+    #[inline(always)]
+    fn exp2(&self, s: M::S, x: <M::S as Simd>::F) -> <M::S as Simd>::F {
+        if M::SHAPE.elements == Elements::Bf16 { exp2_for_bf16(s, x) } else { exp2(s, x) }
+    }
+
     /// Scores of one query, a panel every `QUERIES · cols` values → `e^((score − largest) / √d)` in chunks; answers
     /// their sum.
     #[inline(always)]
@@ -379,8 +399,8 @@ impl<M: Multiply> Head<'_, M> {
             let (mut sum, mut sum2) = (s.splat(0.0), s.splat(0.0));
             let mut key = 0;
             while key + 2 * lanes <= padded {
-                let x = exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
-                let y = exp2(s, s.fma(s.load(scores.add(place(key + lanes))), scale, offset));
+                let x = self.exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
+                let y = self.exp2(s, s.fma(s.load(scores.add(place(key + lanes))), scale, offset));
                 (sum, sum2) = (s.add(sum, x), s.add(sum2, y));
                 to.put_pair(s, key, x, y);
                 key += 2 * lanes;
@@ -388,7 +408,7 @@ impl<M: Multiply> Head<'_, M> {
             while key < end {
                 let mut x = s.splat(0.0);
                 if key < padded {
-                    x = exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
+                    x = self.exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
                     sum = s.add(sum, x);
                 }
                 to.put(s, key, x);

@@ -52,6 +52,39 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
     }
 }
 
+/// 16 rows of 16 numbers of 32 bits → its transpose.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+pub(crate) unsafe fn transpose(rows: &mut [__m512i; 16]) {
+    // SAFETY: the caller's
+    unsafe {
+        let mut t = *rows;
+        // pairs of rows, then fours, then the quarters of the registers, twice
+        for i in (0..16).step_by(2) {
+            t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        for i in (0..16).step_by(4) {
+            rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for i in 0..4 {
+            for half in [0, 8] {
+                t[half + i] = _mm512_shuffle_i32x4::<0x88>(rows[half + i], rows[half + i + 4]);
+                t[half + i + 4] = _mm512_shuffle_i32x4::<0xdd>(rows[half + i], rows[half + i + 4]);
+            }
+        }
+        for i in 0..8 {
+            rows[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[i + 8]);
+            rows[i + 8] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[i + 8]);
+        }
+    }
+}
+
 impl<const DOT: bool> Simd for Avx512<DOT> {
     type F = __m512;
     const LANES: usize = 16;
@@ -95,6 +128,21 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
                     11 => rows::<11>(p, first),
                     _ => rows::<12>(p, first),
                 }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
+            // SAFETY: the caller's; `self` proves the features
+            unsafe {
+                let from = from.add(run * 16 * stride + chunk * 16);
+                let mut rows = [_mm512_setzero_si512(); 16];
+                rows.iter_mut().enumerate().for_each(|(i, row)| *row = _mm512_loadu_si512(from.add(i * stride).cast()));
+                transpose(&mut rows);
+                let to = to.cast::<__m512i>().add((chunk * 2 + run) * 16);
+                rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i), row));
             }
         }
     }
@@ -182,6 +230,12 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         if_positive(x: __m512, a: __m512, b: __m512) -> {
             _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_setzero_ps()), b, a)
         };
+    }
+
+    #[inline(always)]
+    fn fetch_far(self, p: *const u8) {
+        // SAFETY: a hint, which no address can make fail
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     #[inline(always)]

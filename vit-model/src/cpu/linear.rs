@@ -146,6 +146,12 @@ impl<S: Simd> Multiply for F32<S> {
         // SAFETY: the caller's
         unsafe { self.0.product(product) }
     }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe { self.0.pack_columns(from, stride, chunks, to) }
+    }
 }
 
 /// Weights in bf16, widened as they come, which halves their memory where there is no dot product in bf16.

@@ -7,7 +7,7 @@
 // constants stand as they were published
 #![allow(clippy::excessive_precision)]
 
-use super::pack::Product;
+use super::pack::{Elements, Product, Shape, pack_panel};
 
 /// A computation that is to be compiled for an instruction set.
 pub(crate) trait Op<S: Simd> {
@@ -41,6 +41,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// As [`Product`] says.
     unsafe fn product(self, product: &Product<'_>);
+
+    /// Packs a panel whose columns are rows of a matrix in f32.
+    ///
+    /// # Safety
+    /// As for [`Multiply::pack_columns`](super::linear::Multiply::pack_columns), of a panel in f32 of this instruction set.
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        let shape = Shape { elements: Elements::F32, tile: Self::TILE, cols: Self::COLS, run: Self::RUN };
+        // SAFETY: the caller's
+        unsafe { pack_panel(shape, from, stride, Self::COLS, chunks, to) }
+    }
 
     fn splat(self, x: f32) -> Self::F;
     /// # Safety
@@ -105,6 +116,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// The largest lane.
     fn largest(self, a: Self::F) -> f32;
+    /// A hint that the cache line will be read, but not yet.
+    fn fetch_far(self, _p: *const u8) {}
 }
 
 /// `eˣ` within 1.2e-7 relative; below −87.3 the smallest normal number, above 88 `e⁸⁸`.
@@ -133,6 +146,19 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
     // the polynomial of degree 5 with the least relative error on |r| ≤ 1/2, 7.5e-8
     let mut p = s.splat(0.0013276472);
     for c in [0.0096755413, 0.055507133, 0.240221197, 0.693146967, 1.0] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    s.scale(p, n)
+}
+
+/// `2ˣ` for `x ≤ 0`, within 7.5e-5 relative, for what is rounded to bf16, whose last bit is 100 times that.
+#[inline(always)]
+pub(crate) fn exp2_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
+    let x = s.max(s.splat(-126.0), x);
+    let n = s.round(x);
+    let r = s.sub(x, n);
+    let mut p = s.splat(0.05517166907);
+    for c in [0.2426111222, 0.6932609855, 0.9999280735] {
         p = s.fma(p, r, s.splat(c));
     }
     s.scale(p, n)
