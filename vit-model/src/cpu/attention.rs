@@ -331,13 +331,13 @@ impl<M: Multiply> Head<'_, M> {
                 let c = scores.add(panel * block);
                 multiply.product(&product::<M>(q, dim_chunks, at.queries_low, rows, b, c));
             }
-            let mut inverse = [0f32; 64];
+            let (padding, mut inverse) = (self.padding(), [0f32; 64]);
             for (i, inverse) in inverse.iter_mut().enumerate().take(rows) {
                 if let Some((from, stride)) = halves {
                     self.fetch_next(s, from.add((queries.start + i) * stride));
                 }
                 let to = tiles(weights, key_chunks, at.weights_low, i);
-                *inverse = 1.0 / self.softmax(s, scores.add(i * shape.cols), to);
+                *inverse = 1.0 / self.softmax(s, scores.add(i * shape.cols), &padding, to);
             }
             for panel in 0..job.dim.div_ceil(shape.cols) {
                 let b = scratch.add(at.values + panel * Self::panel(key_chunks));
@@ -377,28 +377,35 @@ impl<M: Multiply> Head<'_, M> {
         if M::SHAPE.elements == Elements::Bf16 { exp2_for_bf16(s, x) } else { exp2(s, x) }
     }
 
-    /// Scores of one query, a panel every `QUERIES · cols` values → `e^((score − largest) / √d)` in chunks; answers
-    /// their sum.
+    /// What is added to the last vector of scores: nothing, and −∞ beyond the keys.
     #[inline(always)]
-    unsafe fn softmax(&self, s: M::S, scores: *mut f32, to: ActsRow) -> f32 {
+    fn padding(&self) -> [f32; 16] {
+        let (keys, lanes) = (self.job.keys(), M::S::LANES);
+        let last = keys.next_multiple_of(lanes) - lanes;
+        std::array::from_fn(|i| if last + i < keys { 0.0 } else { f32::NEG_INFINITY })
+    }
+
+    /// Scores of one query, a panel every `QUERIES · cols` values → `e^((score − largest) / √d)` in chunks; answers
+    /// their sum. The scores are not written to: a vector that was written in parts is read late.
+    #[inline(always)]
+    unsafe fn softmax(&self, s: M::S, scores: *const f32, padding: &[f32; 16], to: ActsRow) -> f32 {
         let (keys, shape) = (self.job.keys(), M::SHAPE);
         let lanes = M::S::LANES;
         let place = |key: usize| key / shape.cols * M::QUERIES * shape.cols + key % shape.cols;
-        let (padded, end) = (keys.next_multiple_of(lanes), keys.next_multiple_of(shape.elements.chunk()));
+        // whole vectors of keys, one that may have padding, and zeros
+        let (last, end) = (keys.next_multiple_of(lanes) - lanes, keys.next_multiple_of(shape.elements.chunk()));
         let scale = std::f32::consts::LOG2_E / (self.job.dim as f32).sqrt();
         // SAFETY: the caller's; a panel is whole vectors
         unsafe {
-            for key in keys..padded {
-                *scores.add(place(key)) = f32::NEG_INFINITY;
-            }
-            let mut largest = s.splat(f32::NEG_INFINITY);
-            for key in (0..padded).step_by(lanes) {
+            let tail = s.add(s.load(scores.add(place(last))), s.load(padding.as_ptr()));
+            let mut largest = tail;
+            for key in (0..last).step_by(lanes) {
                 largest = s.max(largest, s.load(scores.add(place(key))));
             }
             let (scale, offset) = (s.splat(scale), s.splat(-s.largest(largest) * scale));
             let (mut sum, mut sum2) = (s.splat(0.0), s.splat(0.0));
             let mut key = 0;
-            while key + 2 * lanes <= padded {
+            while key + 2 * lanes <= last {
                 let x = self.exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
                 let y = self.exp2(s, s.fma(s.load(scores.add(place(key + lanes))), scale, offset));
                 (sum, sum2) = (s.add(sum, x), s.add(sum2, y));
@@ -407,8 +414,9 @@ impl<M: Multiply> Head<'_, M> {
             }
             while key < end {
                 let mut x = s.splat(0.0);
-                if key < padded {
-                    x = self.exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
+                if key <= last {
+                    let score = if key == last { tail } else { s.load(scores.add(place(key))) };
+                    x = self.exp2(s, s.fma(score, scale, offset));
                     sum = s.add(sum, x);
                 }
                 to.put(s, key, x);
@@ -429,5 +437,5 @@ fn product<M: Multiply>(
     c: *mut f32,
 ) -> Product<'static> {
     let a_tile = M::SHAPE.tile * chunks * 64;
-    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: b, follow: None }
+    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: std::ptr::null(), follow: None }
 }

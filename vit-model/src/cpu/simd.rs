@@ -272,7 +272,8 @@ impl Ahead {
     /// So many bytes in so many steps.
     #[inline(always)]
     pub(crate) fn new(next: *const u8, bytes: usize, steps: usize) -> Self {
-        Self { next, lines: bytes.div_ceil(64).div_ceil(steps.max(1)) }
+        let lines = if next.is_null() { 0 } else { bytes.div_ceil(64).div_ceil(steps.max(1)) };
+        Self { next, lines }
     }
 
     #[inline(always)]
