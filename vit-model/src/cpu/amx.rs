@@ -382,6 +382,7 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
     behind: &mut Behind<'_>,
 ) {
     const ROW: usize = COLS * size_of::<f32>();
+    const C_LINES: usize = 2 * TILE * 2;
     let mut t = T::new();
     // SAFETY: the caller's
     unsafe {
@@ -402,8 +403,9 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
             t.zero::<2>();
             t.zero::<3>();
         }
-        let c_lines = if BOTH { 2 * TILE * 2 } else { TILE * 2 };
-        let c_step = c_lines.div_ceil(p.chunks);
+        // the sums of the next block, or of the first, which the next span begins with
+        let c_next = if first + 2 * TILE < p.rows { c.wrapping_add(2 * TILE * ROW) } else { p.c.cast() };
+        let c_step = C_LINES.div_ceil(p.chunks);
         for chunk in 0..p.chunks {
             if SPLIT {
                 // low · high first, so that both high sides are there when the right side's low one comes
@@ -434,8 +436,8 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
             }
             ahead.step();
             behind.step();
-            for line in chunk * c_step..c_lines.min((chunk + 1) * c_step) {
-                T::will_write(c.add(line * STRIDE));
+            for line in chunk * c_step..C_LINES.min((chunk + 1) * c_step) {
+                T::will_write(c_next.wrapping_add(line * STRIDE));
             }
             if SPLIT {
                 t.load::<6>(b.add(2 * BYTES), STRIDE);
