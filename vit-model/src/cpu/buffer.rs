@@ -56,9 +56,11 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.slab.is_none() {
+        match &self.slab {
+            // SAFETY: `take` gave these bytes to this buffer alone
+            Some(slab) => unsafe { slab.give_back(self.start, self.len) },
             // SAFETY: `new` allocated it with this layout
-            unsafe { dealloc(self.start.as_ptr(), self.layout) }
+            None => unsafe { dealloc(self.start.as_ptr(), self.layout) },
         }
     }
 }
@@ -94,10 +96,10 @@ mod slab {
     /// The mapping that buffers are cut from now, and the bytes that it has given.
     static CURRENT: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
 
-    /// Fresh bytes, and what keeps them.
+    /// Fresh bytes, and what keeps them, where the system has them.
     pub(super) fn take(len: usize) -> Option<(Arc<Slab>, NonNull<u8>)> {
         if len > SHARED / 2 {
-            let slab = Slab::new(len);
+            let slab = Slab::new(len)?;
             let start = slab.start;
             return Some((Arc::new(slab), start));
         }
@@ -105,7 +107,7 @@ mod slab {
         let slab = match current.0.upgrade() {
             Some(slab) if current.1 + len <= SHARED => slab,
             _ => {
-                let slab = Arc::new(Slab::new(SHARED));
+                let slab = Arc::new(Slab::new(SHARED)?);
                 *current = (Arc::downgrade(&slab), 0);
                 slab
             }
@@ -117,7 +119,7 @@ mod slab {
     }
 
     impl Slab {
-        fn new(len: usize) -> Self {
+        fn new(len: usize) -> Option<Self> {
             let bytes = len + HUGE;
             // SAFETY: a new private mapping; nothing else refers to it
             let mapped = unsafe {
@@ -126,13 +128,20 @@ mod slab {
                 libc::mmap(std::ptr::null_mut(), bytes, read_write, private | libc::MAP_NORESERVE, -1, 0)
             };
             let start = mapped.cast::<u8>().wrapping_add(mapped.cast::<u8>().align_offset(HUGE));
-            let Some(start) = NonNull::new(start).filter(|_| mapped != libc::MAP_FAILED) else {
-                let layout = std::alloc::Layout::from_size_align(len, 64).expect("checked by the caller");
-                std::alloc::handle_alloc_error(layout);
-            };
+            let start = NonNull::new(start).filter(|_| mapped != libc::MAP_FAILED)?;
             // SAFETY: inside the mapping above; advice that the system may refuse
             unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-            Self { mapped, bytes, start }
+            Some(Self { mapped, bytes, start })
+        }
+
+        /// The memory of a buffer goes back to the system at once, its addresses with the last buffer.
+        ///
+        /// # Safety
+        /// The bytes are what [`take`] gave, and nobody uses them any more.
+        pub(super) unsafe fn give_back(&self, start: NonNull<u8>, len: usize) {
+            debug_assert!(start >= self.start);
+            // SAFETY: whole pages of the mapping, which are the buffer's alone
+            unsafe { libc::madvise(start.as_ptr().cast(), len.next_multiple_of(PAGE), libc::MADV_DONTNEED) };
         }
     }
 
@@ -151,6 +160,12 @@ mod slab {
 
     #[derive(Debug)]
     pub(super) enum Slab {}
+
+    impl Slab {
+        pub(super) unsafe fn give_back(&self, _start: NonNull<u8>, _len: usize) {
+            match *self {}
+        }
+    }
 
     pub(super) fn take(_len: usize) -> Option<(Arc<Slab>, NonNull<u8>)> {
         None
