@@ -59,7 +59,7 @@ pub struct RunArgs {
     /// Where to run; only `auto` falls back to the CPU, and it says so
     #[arg(long, value_enum, default_value_t, value_name = "DEVICE")]
     pub device: Device,
-    /// CPU: f32, bf16x3 (f32-grade), bf16; GPU: f32, f16, bf16; auto: the fastest that is f32-grade
+    /// CPU: f32, bf16x3 (f32-grade), bf16, int8 (AMX, VNNI); GPU: f32, f16, bf16; auto: the fastest that is f32-grade
     #[arg(long, value_enum, default_value_t, value_name = "PRECISION")]
     pub precision: Precision,
     /// Threads; default: the physical cores this process may use
@@ -86,6 +86,7 @@ pub enum Precision {
     F32,
     Bf16x3,
     Bf16,
+    Int8,
     F16,
 }
 

@@ -161,9 +161,12 @@ fn contenders(checkpoint: &Checkpoint, device: &candle_core::Device) -> anyhow::
     match probe(cpu::Isa::choose()?, cpu::Precision::Auto) {
         Ok(auto) => {
             for isa in cpu::Isa::ALL.into_iter().filter(|isa| isa.available()) {
-                for precision in [cpu::Precision::Bf16, cpu::Precision::Bf16x3, cpu::Precision::F32] {
-                    let engine = probe(isa, precision)?;
-                    // what a kernel does not have is run by another
+                for precision in cpu::Precision::ALL {
+                    // what a kernel does not have is run by another, or refused
+                    let engine = match probe(isa, precision) {
+                        Err(vit_model::Error::Unsupported(_)) if precision == cpu::Precision::Int8 => continue,
+                        engine => engine?,
+                    };
                     if (engine.isa(), engine.precision()) == (isa, precision) {
                         let auto = (auto.isa(), auto.precision()) == (isa, precision);
                         all.push(Contender { auto, ..Contender::new(isa.name(), precision.name()) });

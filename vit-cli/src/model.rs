@@ -200,6 +200,7 @@ pub fn options(run: RunArgs) -> anyhow::Result<predictor::Options> {
         Precision::F32 => predictor::Precision::F32,
         Precision::Bf16x3 => predictor::Precision::Bf16x3,
         Precision::Bf16 => predictor::Precision::Bf16,
+        Precision::Int8 => predictor::Precision::Int8,
         Precision::F16 => predictor::Precision::F16,
     };
     Ok(predictor::Options { device: device(run.device)?, precision, threads, modules: run.modules, streamed: false })

@@ -15,7 +15,7 @@ const MODEL: &str = "vit_base_patch16_224";
 fn kernels(criterion: &mut Criterion) {
     let threads = std::env::var("VIT_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or_else(physical_cores);
     for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-        for precision in [Precision::F32, Precision::Bf16x3, Precision::Bf16] {
+        for precision in Precision::ALL {
             let mut group = criterion.benchmark_group(format!("{isa}-{precision}"));
             for images in [1, 8] {
                 let steps = Steps::new(MODEL, images, isa, precision, threads).expect("a kernel that is available");

@@ -29,6 +29,9 @@ pub enum Precision {
     Bf16x3,
     /// bfloat16 products, f32 sums.
     Bf16,
+    /// Products of bytes and 32-bit sums in the blocks' linear layers (CPUs with AMX for int8 or AVX-512 VNNI only); see
+    /// [`cpu::Precision::Int8`].
+    Int8,
     /// IEEE 754 half (GPU only).
     F16,
 }
@@ -41,6 +44,7 @@ impl Precision {
             Self::F32 => "f32",
             Self::Bf16x3 => "bf16x3",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
             Self::F16 => "f16",
         }
     }
@@ -72,7 +76,7 @@ impl Default for Options {
 pub struct Backend {
     /// The kernels: `amx`, `avx512`, `avx2`, `portable` of the CPU engine; `candle-cpu`, `candle-cuda`, `candle-metal`.
     pub kernel: String,
-    /// `f32`, `bf16x3`, `bf16` or `f16`; `q8_0` where linear layers multiply blocks of that, see [`quantised`](Self::quantised).
+    /// `f32`, `bf16x3`, `bf16`, `int8` or `f16`; `q8_0` where linear layers multiply blocks of that, see [`quantised`](Self::quantised).
     pub precision: String,
     /// CPU threads.
     pub threads: usize,
@@ -319,8 +323,9 @@ impl Model {
             Precision::F32 => cpu::Precision::F32,
             Precision::Bf16x3 => cpu::Precision::Bf16x3,
             Precision::Bf16 => cpu::Precision::Bf16,
+            Precision::Int8 => cpu::Precision::Int8,
             Precision::F16 => {
-                return Err(Error::Unsupported("precision f16 on a CPU; it has f32, bf16x3 and bf16".into()));
+                return Err(Error::Unsupported("precision f16 on a CPU; it has f32, bf16x3, bf16 and int8".into()));
             }
         };
         if options.modules {

@@ -39,6 +39,12 @@ impl Amx {
     pub(crate) fn avx512(self) -> Dot {
         self.0
     }
+
+    /// Whether the tiles multiply bytes, too.
+    pub(crate) fn has_bytes(self) -> bool {
+        const INT8: u32 = 1 << 25;
+        __cpuid_count(7, 0).edx & INT8 == INT8
+    }
 }
 
 /// Whether the CPU has tiles and their bf16 product, and the system saves them between threads.
@@ -81,6 +87,8 @@ pub(crate) trait Tiles: Sized {
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
     /// `C += A · B`
     unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self);
+    /// `C += A · B`, bytes of which those of `B` have a sign, with sums in 32 bits.
+    unsafe fn dot_bytes<const C: usize, const A: usize, const B: usize>(&mut self);
     /// A hint that the cache line will be written.
     fn will_write(p: *const u8);
 }
@@ -151,6 +159,14 @@ impl Tiles for Registers {
         // SAFETY: as for `zero`
         unsafe {
             asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B, options(nostack, nomem));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_bytes<const C: usize, const A: usize, const B: usize>(&mut self) {
+        // SAFETY: as for `zero`; only where the CPU `has_bytes`
+        unsafe {
+            asm!("tdpbusd tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B, options(nostack, nomem));
         }
     }
 
@@ -513,6 +529,19 @@ pub(crate) mod emulated {
                         let [b0, b1] = pair(self.0[B][k][n]);
                         let c = f32::from_bits(self.0[C][m][n]);
                         self.0[C][m][n] = (c + a0 * b0 + a1 * b1).to_bits();
+                    }
+                }
+            }
+        }
+
+        unsafe fn dot_bytes<const C: usize, const A: usize, const B: usize>(&mut self) {
+            for m in 0..TILE {
+                for k in 0..16 {
+                    let a = self.0[A][m][k].to_le_bytes().map(i32::from);
+                    for n in 0..16 {
+                        let b = self.0[B][k][n].to_le_bytes().map(|byte| i32::from(byte as i8));
+                        let products: i32 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+                        self.0[C][m][n] = (self.0[C][m][n] as i32).wrapping_add(products) as u32;
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::buffer::Buffer;
-use super::kernel::Kernel;
+use super::kernel::{Kernel, block_shape};
 use super::linear::{self, Add, To};
 use super::net::{Block, Net};
 use super::norm::{NormRows, NormTo};
@@ -51,6 +51,8 @@ pub struct Steps {
     /// Queries, keys and values as the kernel's attention reads them: where they go, and where they come from.
     qkv: (To, attention::From),
     h: Acts,
+    /// `a` and `h` as integers, where the linear layers multiply those.
+    bytes: [Acts; 2],
     _memory: Vec<Buffer>,
 }
 
@@ -60,7 +62,10 @@ impl Steps {
     /// # Errors
     /// A kernel that this CPU lacks, a name that timm has not.
     pub fn new(name: &str, images: usize, isa: Isa, precision: Precision, threads: usize) -> Result<Option<Self>> {
-        let (kernel, real_isa, real_precision) = choose(isa.check()?, precision)?;
+        let (kernel, real_isa, real_precision) = match choose(isa.check()?, precision) {
+            Err(Error::Unsupported(_)) if precision == Precision::Int8 => return Ok(None),
+            chosen => chosen?,
+        };
         if (real_isa, real_precision) != (isa, precision) {
             return Ok(None);
         }
@@ -68,7 +73,7 @@ impl Steps {
         let config = named.ok_or_else(|| Error::Unsupported(format!("`{name}`: no architecture of timm's")))?.config;
         let config = Config { depth: 1, ..config };
         let (pool, weights) = (Pool::new(threads), Random::new(&config)?);
-        let mut blocks = Block::read(&config, &weights, 0..1, vec![], kernel.shape(), &pool)?;
+        let mut blocks = Block::read(&config, &weights, 0..1, vec![], &*kernel, &pool)?;
         let block = blocks.pop().ok_or_else(|| Error::Config("a block is missing".into()))?;
 
         let (shape, dim, tokens) = (kernel.shape(), config.embed_dim, config.num_tokens());
@@ -89,9 +94,11 @@ impl Steps {
             (To::Rows(rows, Add::Nothing), attention::From::Rows(rows))
         };
         let h = Acts::new(room(Acts::bytes(shape, rows, hidden)), shape, rows, hidden);
-        let bytes = kernel.linear_scratch().max(kernel.attention_scratch(tokens, config.head_dim()));
-        let scratch = (0..pool.count()).map(|_| Buffer::new(bytes)).collect();
-        let this = Self { config, images, kernel, pool, block, scratch, x, a, qkv, h, _memory: memory };
+        let whole = block_shape(&*kernel);
+        let bytes = [dim, hidden].map(|width| Acts::new(room(Acts::bytes(whole, rows, width)), whole, rows, width));
+        let scratch_bytes = kernel.linear_scratch().max(kernel.attention_scratch(tokens, config.head_dim()));
+        let scratch = (0..pool.count()).map(|_| Buffer::new(scratch_bytes)).collect();
+        let this = Self { config, images, kernel, pool, block, scratch, x, a, qkv, h, bytes, _memory: memory };
 
         // zeros would be multiplied faster than what a model has
         let mut numbers = Numbers(1);
@@ -127,19 +134,33 @@ impl Steps {
         self.pool.run(&|worker| {
             let _entered = self.kernel.enter();
             let (block, residual) = (&self.block, To::Rows(self.x, Add::Residual));
+            let normed = if self.kernel.integers().is_some() { self.bytes[0] } else { self.a };
             match step {
                 Step::Norm => worker.each(self.rows().div_ceil(16), |unit| {
                     let rows = unit * 16..self.rows().min(unit * 16 + 16);
-                    self.kernel.norm(NormRows { norm: &block.norm1, from: self.x, rows, to: NormTo::Acts(self.a) });
+                    let to = NormTo::Acts(self.a);
+                    self.kernel.norm(NormRows { norm: &block.norm1, from: self.x, rows: rows.clone(), to });
+                    if let Some(integers) = self.kernel.integers() {
+                        integers.round(self.a, self.bytes[0], rows);
+                    }
                 }),
-                Step::Qkv => self.linear(worker, &block.qkv, self.a, None, self.qkv.0),
+                Step::Qkv => self.linear(worker, &block.qkv, normed, None, self.qkv.0),
                 Step::Attention => self.attention(worker),
-                Step::Proj => self.linear(worker, &block.proj, self.a, None, residual),
-                Step::Fc1Bare => self.linear(worker, &block.mlp.fc1, self.a, None, To::Acts(self.h)),
-                Step::Fc1 => self.linear(worker, &block.mlp.fc1, self.a, Some(self.config.act), To::Acts(self.h)),
-                Step::Fc2 => self.linear(worker, &block.mlp.fc2, self.h, None, residual),
+                Step::Proj => self.linear(worker, &block.proj, self.rounded(worker, self.a, 0), None, residual),
+                Step::Fc1Bare => self.linear(worker, &block.mlp.fc1, normed, None, To::Acts(self.h)),
+                Step::Fc1 => self.linear(worker, &block.mlp.fc1, normed, Some(self.config.act), To::Acts(self.h)),
+                Step::Fc2 => self.linear(worker, &block.mlp.fc2, self.rounded(worker, self.h, 1), None, residual),
             }
         });
+    }
+
+    /// What a linear layer behind no norm reads.
+    fn rounded(&self, worker: &Worker<'_>, from: Acts, which: usize) -> Acts {
+        let Some(integers) = self.kernel.integers() else { return from };
+        worker.each(self.rows().div_ceil(16), |unit| {
+            integers.round(from, self.bytes[which], unit * 16..self.rows().min(unit * 16 + 16));
+        });
+        self.bytes[which]
     }
 
     fn linear(&self, worker: &Worker<'_>, linear: &Linear, from: Acts, act: Option<Activation>, to: To) {

@@ -12,9 +12,9 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA.
     Avx2,
-    /// AVX-512, with its bf16 dot products where the CPU has them.
+    /// AVX-512, with its dot products in bf16 and in bytes where the CPU has them.
     Avx512,
-    /// AMX tiles for bf16, AVX-512 for the rest.
+    /// AMX tiles for bf16 and bytes, AVX-512 for the rest.
     Amx,
 }
 

@@ -10,6 +10,10 @@ use super::simd::{Op, Simd};
 pub(crate) trait Kernel: Send + Sync {
     /// How both sides of the linear layers lie in memory.
     fn shape(&self) -> Shape;
+    /// What the linear layers of the blocks multiply instead, if anything.
+    fn integers(&self) -> Option<&dyn Integers> {
+        None
+    }
     /// Bytes of scratch that a thread needs for any linear layer.
     fn linear_scratch(&self) -> usize;
     /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
@@ -25,6 +29,19 @@ pub(crate) trait Kernel: Send + Sync {
     fn norm(&self, rows: NormRows<'_>);
     fn copy(&self, rows: CopyRows);
     fn patches(&self, patches: Patches<'_>);
+}
+
+/// Integers, and how activations become such.
+pub(crate) trait Integers: Sync {
+    /// How both sides of a linear layer lie in memory.
+    fn shape(&self) -> Shape;
+    /// Rounds rows of activations as the other layers have them, each to its own scale; the first is a multiple of 8.
+    fn round(&self, from: Acts, to: Acts, rows: std::ops::Range<usize>);
+}
+
+/// How the linear layers of the blocks lie in memory.
+pub(crate) fn block_shape(kernel: &dyn Kernel) -> Shape {
+    kernel.integers().map_or_else(|| kernel.shape(), Integers::shape)
 }
 
 /// A thread's state for a pass, given back when dropped.

@@ -37,6 +37,16 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     /// As [`Product`] says, for this shape.
     unsafe fn product(self, product: &Product<'_>);
 
+    /// What the product left at `sum` in a row of the job → the layer's output, before its activation, a vector.
+    ///
+    /// # Safety
+    /// `sum` is valid for reading a vector, `bias` for one of the layer's biases; the job has the row.
+    #[inline(always)]
+    unsafe fn output(s: Self::S, _: Scales, _row: usize, sum: *const f32, bias: *const f32) -> <Self::S as Simd>::F {
+        // SAFETY: the caller's
+        unsafe { s.add(s.load(sum), s.load(bias)) }
+    }
+
     /// Packs a panel whose columns are rows of a matrix in f32: Kᵀ.
     ///
     /// # Safety
@@ -424,8 +434,10 @@ impl<M: Multiply> Finish<'_, M> {
     unsafe fn run<A: Act<M::S>>(&self, s: M::S, rows: std::ops::Range<usize>) {
         let (Self { job, panel, row, sums, .. }, shape) = (*self, M::SHAPE);
         // copies, which no store of a result can change: they stay in registers
-        let Job { linear, to, .. } = *job;
-        let values = Values { sums, bias: linear.bias(panel), cols: shape.cols, gated: linear.gated };
+        let Job { linear, from, to, .. } = *job;
+        let scales = Scales { from, padded: linear.padded() };
+        let (bias, gated) = (linear.bias(panel), linear.gated);
+        let values = Values::<M> { _multiply: PhantomData, sums, bias, gated, scales, row };
         let width = if linear.gated { shape.cols / 2 } else { shape.cols };
         let (first, lanes) = (panel * width, M::S::LANES);
         // SAFETY: the caller's
@@ -435,7 +447,7 @@ impl<M: Multiply> Finish<'_, M> {
                     for i in rows {
                         let to = acts.row_of(shape.tile, row + i);
                         for j in (0..width).step_by(2 * lanes) {
-                            let (x, y) = (values.at::<A, _>(s, i, j), values.at::<A, _>(s, i, j + lanes));
+                            let (x, y) = (values.at::<A>(s, i, j), values.at::<A>(s, i, j + lanes));
                             to.put_pair(s, first + j, x, y);
                         }
                     }
@@ -444,7 +456,7 @@ impl<M: Multiply> Finish<'_, M> {
                     for i in rows {
                         let to = acts.row_of(shape.tile, row + i);
                         for j in (0..width).step_by(lanes) {
-                            to.put(s, first + j, values.at::<A, _>(s, i, j));
+                            to.put(s, first + j, values.at::<A>(s, i, j));
                         }
                     }
                 }
@@ -452,7 +464,7 @@ impl<M: Multiply> Finish<'_, M> {
                     for i in rows {
                         let to = halves.row(row + i).add(first);
                         for j in (0..width).step_by(lanes) {
-                            s.store_bf16(to.add(j), values.at::<A, _>(s, i, j));
+                            s.store_bf16(to.add(j), values.at::<A>(s, i, j));
                         }
                     }
                 }
@@ -460,7 +472,7 @@ impl<M: Multiply> Finish<'_, M> {
                     for i in rows {
                         let to = to.row(row + i).add(first);
                         for j in (0..width).step_by(lanes) {
-                            s.store(to.add(j), values.at::<A, _>(s, i, j));
+                            s.store(to.add(j), values.at::<A>(s, i, j));
                         }
                     }
                 }
@@ -468,7 +480,7 @@ impl<M: Multiply> Finish<'_, M> {
                     for i in rows {
                         let to = to.row(row + i).add(first);
                         for j in (0..width).step_by(lanes) {
-                            s.store(to.add(j), s.add(values.at::<A, _>(s, i, j), s.load(to.add(j))));
+                            s.store(to.add(j), s.add(values.at::<A>(s, i, j), s.load(to.add(j))));
                         }
                     }
                 }
@@ -478,7 +490,7 @@ impl<M: Multiply> Finish<'_, M> {
                         let to = to.row(image * stride + first_row + at).add(first);
                         let position = positions.map(|rows| rows.row(at).add(first));
                         for j in (0..width).step_by(lanes) {
-                            let x = values.at::<A, _>(s, i, j);
+                            let x = values.at::<A>(s, i, j);
                             s.store(to.add(j), position.map_or(x, |position| s.add(x, s.load(position.add(j)))));
                         }
                     }
@@ -489,30 +501,40 @@ impl<M: Multiply> Finish<'_, M> {
 }
 
 /// The values of a panel, before anything is added.
-#[derive(Clone, Copy)]
-struct Values {
+struct Values<M> {
+    _multiply: PhantomData<M>,
     sums: *const f32,
     bias: *const f32,
-    cols: usize,
     gated: bool,
+    scales: Scales,
+    /// The unit's first row.
+    row: usize,
 }
 
-impl Values {
+impl<M> Clone for Values<M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for Values<M> {}
+
+impl<M: Multiply> Values<M> {
     /// `act(sum + bias)`, of a gated layer `act(gate) · value`: a vector of one row.
     ///
     /// # Safety
     /// The row's sums are complete, the columns inside the panel.
     #[inline(always)]
-    unsafe fn at<A: Act<S>, S: Simd>(self, s: S, i: usize, j: usize) -> S::F {
+    unsafe fn at<A: Act<M::S>>(self, s: M::S, i: usize, j: usize) -> <M::S as Simd>::F {
         // SAFETY: the caller's
         unsafe {
-            let (sum, bias) = (self.sums.add(i * self.cols + j), self.bias.add(j));
-            let x = A::call(s, s.add(s.load(sum), s.load(bias)));
+            let (sum, bias) = (self.sums.add(i * M::SHAPE.cols + j), self.bias.add(j));
+            let x = A::call(s, M::output(s, self.scales, self.row + i, sum, bias));
             if !self.gated {
                 return x;
             }
-            let width = self.cols / 2;
-            s.mul(x, s.add(s.load(sum.add(width)), s.load(bias.add(width))))
+            let width = M::SHAPE.cols / 2;
+            s.mul(x, M::output(s, self.scales, self.row + i, sum.add(width), bias.add(width)))
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::buffer::Buffer;
+use super::kernel::{Kernel, block_shape};
 use super::norm::Norm;
 use super::pack::{Linear, Rows, Shape, Source, vector};
 use super::threads::Pool;
@@ -74,17 +75,16 @@ impl Table {
 
 /// Linear layers that are read and packed in parallel, and taken by name afterwards.
 struct Linears {
-    sources: Vec<Source>,
+    names: Vec<String>,
     packed: Vec<Option<Linear>>,
 }
 
 impl Linears {
-    /// Source by source into the memory of `old`, as far as that goes.
+    /// Source by source, each in its shape, into the memory of `old`, as far as that goes.
     fn read(
-        sources: Vec<Source>,
+        sources: Vec<(Source, Shape)>,
         old: impl IntoIterator<Item = Linear>,
         weights: &dyn Weights,
-        shape: Shape,
         pool: &Pool,
     ) -> Result<Self> {
         let old = old.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
@@ -92,16 +92,18 @@ impl Linears {
         pool.run(&|worker| {
             worker.each(sources.len(), |i| {
                 let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-                slot.1 = Some(Linear::read(weights, &sources[i], shape, slot.0.take()));
+                let (source, shape) = &sources[i];
+                slot.1 = Some(Linear::read(weights, source, *shape, slot.0.take()));
             });
         });
         let packed =
             slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1.transpose());
-        Ok(Self { packed: packed.collect::<Result<_>>()?, sources })
+        let names = sources.into_iter().map(|(source, _)| source.name).collect();
+        Ok(Self { packed: packed.collect::<Result<_>>()?, names })
     }
 
     fn take(&mut self, name: &str) -> Result<Linear> {
-        let at = self.sources.iter().position(|source| source.name == name);
+        let at = self.names.iter().position(|other| other == name);
         at.and_then(|at| self.packed[at].take()).ok_or_else(|| Error::tensor(name, "is not part of the engine's plan"))
     }
 }
@@ -117,12 +119,13 @@ impl Block {
         weights: &dyn Weights,
         range: std::ops::Range<usize>,
         into: Vec<Self>,
-        shape: Shape,
+        kernel: &dyn Kernel,
         pool: &Pool,
     ) -> Result<Vec<Self>> {
-        let sources = range.clone().flat_map(|i| Self::sources(config, i)).collect();
+        let shape = block_shape(kernel);
+        let sources = range.clone().flat_map(|i| Self::sources(config, i)).map(|source| (source, shape)).collect();
         let old = into.into_iter().flat_map(|block| [block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2]);
-        let mut linears = Linears::read(sources, old, weights, shape, pool)?;
+        let mut linears = Linears::read(sources, old, weights, pool)?;
         range.map(|i| Self::take(config, weights, i, &mut linears)).collect()
     }
 
@@ -193,10 +196,11 @@ impl Net {
     }
 
     /// Reads and packs everything.
-    pub(super) fn read(config: &Config, weights: &dyn Weights, shape: Shape, pool: &Pool) -> Result<Self> {
-        let blocks = (0..config.depth).flat_map(|i| Block::sources(config, i));
-        let sources = Self::sources(config).into_iter().chain(blocks).collect();
-        let mut linears = Linears::read(sources, [], weights, shape, pool)?;
+    pub(super) fn read(config: &Config, weights: &dyn Weights, kernel: &dyn Kernel, pool: &Pool) -> Result<Self> {
+        let (shape, of_blocks) = (kernel.shape(), block_shape(kernel));
+        let blocks = (0..config.depth).flat_map(|i| Block::sources(config, i)).map(|source| (source, of_blocks));
+        let sources = Self::sources(config).into_iter().map(|source| (source, shape)).chain(blocks).collect();
+        let mut linears = Linears::read(sources, [], weights, pool)?;
         let blocks = (0..config.depth).map(|i| Block::take(config, weights, i, &mut linears)).collect::<Result<_>>()?;
         Ok(Self { blocks, ..Self::take(config, weights, &mut linears)? })
     }

@@ -1,13 +1,14 @@
 //! How matrices lie in memory: weights in panels, activations in tiles, both in the order in which a product reads them.
 //!
-//! Everything is cut along K in *chunks* of 64 bytes a row: 16 values in f32, 32 in bf16. The left side of a product is
+//! Everything is cut along K in *chunks* of 64 bytes a row: 16 values in f32, 32 in bf16, 64 in int8. The left side of a product is
 //! cut in tiles of rows, `[tile][chunk][row][64 bytes]`; the right side in panels of columns,
 //! `[panel][chunk][run][16][column of the run]`, in bf16 with pairs along K side by side as the dot-product
-//! instructions want them. Padding is zero.
+//! instructions want them, in int8 with fours. Padding is zero.
 
 use std::ops::Range;
 
 use super::buffer::Buffer;
+use super::int8;
 use super::simd::Simd;
 use crate::weights::widen;
 use crate::{Error, Result, Weights};
@@ -26,6 +27,8 @@ pub(crate) enum Elements {
     Bf16,
     /// bf16 twice on both sides: the value, and what the rounding left over.
     Bf16x3,
+    /// Bytes on both sides, with a scale for each row of activations and each column of weights.
+    Int8,
 }
 
 impl Elements {
@@ -34,6 +37,7 @@ impl Elements {
         match self {
             Self::F32 | Self::Widened => 16,
             Self::Bf16 | Self::Bf16x3 => 32,
+            Self::Int8 => 64,
         }
     }
 
@@ -45,7 +49,7 @@ impl Elements {
     /// Bytes of one column of one chunk of weights.
     pub(crate) const fn column_bytes(self) -> usize {
         match self {
-            Self::F32 | Self::Bf16 => 64,
+            Self::F32 | Self::Bf16 | Self::Int8 => 64,
             Self::Widened => 32,
             Self::Bf16x3 => 128,
         }
@@ -126,7 +130,9 @@ impl Acts {
     /// Bytes for `rows` rows of `columns` columns, room for whole panels included.
     pub(crate) fn bytes(shape: Shape, rows: usize, columns: usize) -> usize {
         let chunks = Self::chunks_of(shape, columns.next_multiple_of(shape.cols));
-        rows.next_multiple_of(shape.tile) * chunks * CHUNK_BYTES * shape.elements.planes()
+        let rows = rows.next_multiple_of(shape.tile);
+        let scales = if shape.elements == Elements::Int8 { rows * size_of::<int8::Scale>() } else { 0 };
+        rows * chunks * CHUNK_BYTES * shape.elements.planes() + scales
     }
 
     /// A view of zeroed memory of [`bytes`](Self::bytes) bytes.
@@ -134,6 +140,27 @@ impl Acts {
         let chunks = Self::chunks_of(shape, columns.next_multiple_of(shape.cols));
         let plane = rows.next_multiple_of(shape.tile) * chunks * CHUNK_BYTES;
         Self { start, shape, chunks, plane }
+    }
+
+    /// A view of the same memory for no more rows and columns.
+    pub(crate) fn of(&self, rows: usize, columns: usize) -> Self {
+        Self::new(self.start, self.shape, rows, columns)
+    }
+
+    /// How they lie in memory.
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Chunks of a row.
+    pub(crate) fn chunks(&self) -> usize {
+        self.chunks
+    }
+
+    /// Where the scale of a row of bytes is, behind all of them.
+    #[inline(always)]
+    pub(crate) fn scale(&self, row: usize) -> *mut int8::Scale {
+        self.start.wrapping_add(self.plane).cast::<int8::Scale>().wrapping_add(row)
     }
 
     /// The product's left side from `row` (the first of a tile) and `chunk` on: pointer, bytes a tile, bytes a plane.
@@ -159,6 +186,9 @@ impl Acts {
         ActsRow { start: self.start.wrapping_add(start), step, plane, elements }
     }
 }
+
+/// Why no value is written as a byte.
+const BY_ROWS: &str = "bytes are rounded a whole row at a time";
 
 /// One row of activations in tiles.
 #[derive(Clone, Copy)]
@@ -186,11 +216,12 @@ impl ActsRow {
         let offset = match self.elements {
             Elements::F32 | Elements::Widened => column / 16 * self.step + column % 16 * 4,
             Elements::Bf16 | Elements::Bf16x3 => column / 32 * self.step + column % 32 * 2,
+            Elements::Int8 => column / 64 * self.step + column % 64,
         };
         self.start.wrapping_add(offset)
     }
 
-    /// Writes one vector; `column` is a multiple of `LANES`.
+    /// Writes one vector; `column` is a multiple of `LANES`. Not for bytes, whose scale takes the whole row.
     #[inline(always)]
     pub(crate) unsafe fn put<S: Simd>(&self, s: S, column: usize, x: S::F) {
         let p = self.at(column);
@@ -203,6 +234,7 @@ impl ActsRow {
                     s.store_bf16(p.cast(), x);
                     s.store_bf16(p.add(self.plane).cast(), s.sub(x, s.load_bf16(p.cast())));
                 }
+                Elements::Int8 => unreachable!("{BY_ROWS}"),
             }
         }
     }
@@ -224,6 +256,7 @@ impl ActsRow {
                     let (x, y) = (s.sub(x, s.load_bf16(p)), s.sub(y, s.load_bf16(p.add(S::LANES))));
                     s.store_bf16_pair(p.byte_add(self.plane), x, y);
                 }
+                Elements::Int8 => unreachable!("{BY_ROWS}"),
             }
         }
     }
@@ -260,6 +293,7 @@ impl ActsRow {
                         *p.cast() = high;
                         *p.add(self.plane).cast() = half::bf16::from_f32(x - high.to_f32());
                     }
+                    Elements::Int8 => unreachable!("{BY_ROWS}"),
                 }
             }
         }
@@ -345,6 +379,7 @@ pub(crate) struct Linear {
     pub(crate) gated: bool,
     shape: Shape,
     panels: Buffer,
+    /// A bias for every column; of bytes then a scale for every column, then the sum of every column.
     bias: Buffer,
 }
 
@@ -432,7 +467,7 @@ impl Linear {
             gated,
             shape,
             panels: Buffer::new(count * panel_bytes),
-            bias: Buffer::new(count * cols * size_of::<f32>()),
+            bias: Buffer::new(count * cols * size_of::<f32>() * if shape.elements == Elements::Int8 { 3 } else { 1 }),
         });
         let width = chunks * shape.elements.chunk();
         let mut rows = vec![0f32; cols * width];
@@ -456,6 +491,17 @@ impl Linear {
                 read(run, &mut rows[column * width..next * width], width)?;
                 column = next;
             }
+            if shape.elements == Elements::Int8 {
+                for (column, row) in rows.chunks_exact_mut(width).enumerate() {
+                    let (scale, sum) = int8::round(row);
+                    let at = this.bias(panel).cast_mut().wrapping_add(column);
+                    // SAFETY: the buffer has a scale and a sum for every column, and is ours alone
+                    unsafe {
+                        *at.add(this.padded()) = scale;
+                        *at.add(2 * this.padded()) = sum;
+                    }
+                }
+            }
             // SAFETY: `rows` has `cols` rows of `chunks` chunks, and the buffer this panel; it is ours alone
             unsafe {
                 let to = this.panels.ptr().add(panel * panel_bytes);
@@ -476,6 +522,11 @@ impl Linear {
         (output < outputs).then_some(if at < half { output } else { outputs + output })
     }
 
+    /// How it lies in memory.
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.n.div_ceil(self.shape.cols)
     }
@@ -494,6 +545,13 @@ impl Linear {
     /// The biases of a panel's columns, zero where there are none.
     pub(crate) fn bias(&self, panel: usize) -> *const f32 {
         self.bias.ptr().cast::<f32>().wrapping_add(panel * self.shape.cols)
+    }
+
+    /// Outputs with the columns of padding: so far behind the bias of a column of bytes its scale is, and behind that its
+    /// sum.
+    #[inline(always)]
+    pub(crate) fn padded(&self) -> usize {
+        self.count() * self.shape.cols
     }
 
     /// Bytes of the packed copy.
@@ -551,6 +609,12 @@ pub(crate) unsafe fn pack_panel(
                                 .for_each(|x| *x -= f32::from_bits(u32::from(bf16(*x)) << 16));
                             put_pairs(&rows[..lanes], to.add(cols * 16), run);
                         }
+                    }
+                }
+                Elements::Int8 => {
+                    for lane in (0..lanes).step_by(16) {
+                        let (from, to) = (from.add(lane * stride), to.cast::<u32>().add(lane));
+                        int8::put_fours(16.min(lanes - lane), from, stride, to, run);
                     }
                 }
             }

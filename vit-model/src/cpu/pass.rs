@@ -1,7 +1,7 @@
 //! One forward pass: the workspace it needs, and its phases top to bottom, as every thread runs them.
 
 use super::buffer::Buffer;
-use super::kernel::{CopyRows, Kernel, Patches};
+use super::kernel::{CopyRows, Integers, Kernel, Patches, block_shape};
 use super::linear::{self, Add, To};
 use super::net::{AttnPool, Block, Mlp, Net};
 use super::norm::{Norm, NormRows, NormTo};
@@ -34,6 +34,7 @@ struct Layout {
     qkv: usize,
     wide: usize,
     h: usize,
+    bytes: usize,
     pooled: usize,
     tail: usize,
     tail_h: usize,
@@ -64,6 +65,7 @@ impl Layout {
             qkv: take(true, Rows::bytes(rows, 3 * dim)),
             wide: take(wide > 0, Rows::bytes(rows, wide)),
             h: take(true, Acts::bytes(shape, rows, hidden)),
+            bytes: take(kernel.integers().is_some(), Acts::bytes(block_shape(kernel), rows, dim.max(hidden))),
             pooled: take(config.global_pool != Pool::None, Rows::bytes(2 * images, config.pooled_dim())),
             tail: take(true, Acts::bytes(shape, tail, config.pooled_dim())),
             tail_h: take(config.global_pool == Pool::Map, Acts::bytes(shape, images, config.mlp_hidden)),
@@ -127,6 +129,8 @@ pub(super) struct Pass<'a> {
     qkv_halves: Halves,
     wide: Rows,
     h: Acts,
+    /// What a linear layer in integers reads, whichever it is.
+    bytes: Acts,
     pooled: Rows,
     tail: Acts,
     tail_h: Acts,
@@ -174,6 +178,7 @@ impl<'a> Pass<'a> {
             qkv_halves: Halves::new(at(layout.qkv), 3 * dim),
             wide: Rows::new(at(layout.wide), if config.scale_mlp_norm { hidden.max(dim) } else { dim }),
             h: Acts::new(at(layout.h), shape, rows, hidden),
+            bytes: Acts::new(at(layout.bytes), block_shape(kernel), rows, dim.max(hidden)),
             pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
             tail: Acts::new(at(layout.tail), shape, tail, config.pooled_dim()),
             tail_h: Acts::new(at(layout.tail_h), shape, room, config.mlp_hidden),
@@ -287,14 +292,14 @@ impl<'a> Pass<'a> {
     /// `x += attn(norm1(x))`, then `x += mlp(norm2(x))`.
     fn block(&self, worker: &Worker<'_>, block: &Block) {
         let (config, rows) = (self.config(), self.rows());
-        self.norm(worker, &block.norm1, self.x, rows, NormTo::Acts(self.a));
+        let a = self.norm_for(worker, &block.qkv, &block.norm1, self.x, rows, self.a);
         // a norm of queries and keys is to see them before they are rounded
         let (to, from) = if self.kernel().halves() && block.qk_norm.is_none() {
             (To::Halves(self.qkv_halves), attention::From::Halves(self.qkv_halves))
         } else {
             (To::Rows(self.qkv, Add::Nothing), attention::From::Rows(self.qkv))
         };
-        self.linear(worker, &block.qkv, self.a, rows, None, to);
+        self.linear(worker, &block.qkv, a, rows, None, to);
         let job = attention::Job {
             q: (from, 0),
             k: (from, config.embed_dim),
@@ -312,24 +317,28 @@ impl<'a> Pass<'a> {
             },
         };
         self.attention(worker, &job);
-        if let Some(norm) = &block.attn_norm {
-            self.norm(worker, norm, self.wide, rows, NormTo::Acts(self.a));
-        }
-        self.linear(worker, &block.proj, self.a, rows, None, To::Rows(self.x, Add::Residual));
-        self.norm(worker, &block.norm2, self.x, rows, NormTo::Acts(self.a));
-        self.mlp(worker, &block.mlp, rows, [self.a, self.h], self.x);
+        let a = match &block.attn_norm {
+            None => self.a,
+            Some(norm) => self.norm_for(worker, &block.proj, norm, self.wide, rows, self.a),
+        };
+        self.linear(worker, &block.proj, a, rows, None, To::Rows(self.x, Add::Residual));
+        let a = self.norm_for(worker, &block.mlp.fc1, &block.norm2, self.x, rows, self.a);
+        self.mlp(worker, &block.mlp, rows, [a, self.h], self.x);
     }
 
     /// `to += fc2(norm(act(fc1(from))))`, by way of `hidden`.
     fn mlp(&self, worker: &Worker<'_>, mlp: &Mlp, rows: usize, [from, hidden]: [Acts; 2], to: Rows) {
         let act = Some(self.config().act);
-        match &mlp.norm {
-            None => self.linear(worker, &mlp.fc1, from, rows, act, To::Acts(hidden)),
+        let hidden = match &mlp.norm {
+            None => {
+                self.linear(worker, &mlp.fc1, from, rows, act, To::Acts(hidden));
+                hidden
+            }
             Some(norm) => {
                 self.linear(worker, &mlp.fc1, from, rows, act, To::Rows(self.wide, Add::Nothing));
-                self.norm(worker, norm, self.wide, rows, NormTo::Acts(hidden));
+                self.norm_for(worker, &mlp.fc2, norm, self.wide, rows, hidden)
             }
-        }
+        };
         self.linear(worker, &mlp.fc2, hidden, rows, None, To::Rows(to, Add::Residual));
     }
 
@@ -501,6 +510,13 @@ impl<'a> Pass<'a> {
     }
 
     fn linear(&self, worker: &Worker<'_>, linear: &Linear, from: Acts, rows: usize, act: Option<Activation>, to: To) {
+        let from = match self.rounding(linear) {
+            Some((integers, bytes)) if from.shape() != linear.shape() => {
+                by_rows(worker, rows, |rows| integers.round(from, bytes, rows));
+                bytes
+            }
+            _ => from,
+        };
         let job = linear::Job { linear, from, rows, act, to };
         let units = self.kernel().linear_units(&job, self.threads);
         worker.each(units, |unit| self.kernel().linear(&job, unit, self.threads, self.scratch(worker)));
@@ -513,6 +529,24 @@ impl<'a> Pass<'a> {
 
     fn norm(&self, worker: &Worker<'_>, norm: &Norm, from: Rows, rows: usize, to: NormTo) {
         by_rows(worker, rows, |rows| self.kernel().norm(NormRows { norm, from, rows, to }));
+    }
+
+    /// Norms rows for a linear layer; answers what that is to read, by way of `to` where it reads integers.
+    fn norm_for(&self, worker: &Worker<'_>, next: &Linear, norm: &Norm, from: Rows, rows: usize, to: Acts) -> Acts {
+        let rounding = self.rounding(next);
+        by_rows(worker, rows, |rows| {
+            self.kernel().norm(NormRows { norm, from, rows: rows.clone(), to: NormTo::Acts(to) });
+            if let Some((integers, bytes)) = rounding {
+                integers.round(to, bytes, rows);
+            }
+        });
+        rounding.map_or(to, |(_, bytes)| bytes)
+    }
+
+    /// How activations become integers and where, for a layer that multiplies such.
+    fn rounding(&self, linear: &Linear) -> Option<(&'a dyn Integers, Acts)> {
+        let integers = self.kernel().integers().filter(|integers| integers.shape() == linear.shape())?;
+        Some((integers, self.bytes.of(self.rows(), linear.k)))
     }
 
     /// Rows of f32 → tiles: rows `first`, `first + step`, …

@@ -159,7 +159,7 @@ fn configs() -> Vec<(&'static str, Config)> {
 fn engine(config: &Config, weights: &Memory, isa: Isa, precision: Precision, threads: usize) -> Engine {
     let (kernel, isa, precision) = kernel(isa, precision);
     let pool = threads::Pool::new(threads);
-    let net = Net::read(config, weights, kernel.shape(), &pool).unwrap();
+    let net = Net::read(config, weights, &*kernel, &pool).unwrap();
     let workspace = Mutex::new(Workspace::default());
     Engine { config: config.clone(), isa, precision, kernel, net, stream: None, pool, workspace }
 }
@@ -196,6 +196,10 @@ fn kernel(isa: Isa, precision: Precision) -> (Box<dyn Kernel>, Isa, Precision) {
         let avx512 = avx512::Dot::detect().unwrap();
         return match precision {
             Precision::Bf16 => (Box::new(Tiled::<Emulated, false>::new(avx512)), isa, precision),
+            Precision::Int8 => {
+                let (floats, integers) = (Tiled::<Emulated, false>::new(avx512), int8::Tiled::<Emulated>::new(avx512));
+                (Box::new(int8::Mixed { floats, integers }), isa, precision)
+            }
             Precision::F32 => choose(Isa::Avx512, precision).unwrap(),
             _ => (Box::new(Tiled::<Emulated, true>::new(avx512)), isa, Precision::Bf16x3),
         };
@@ -211,12 +215,17 @@ fn emulated() -> bool {
     false
 }
 
+/// Whether the kernels, or their emulation, multiply bytes.
+fn has_int8(isa: Isa) -> bool {
+    if isa.available() { choose(isa, Precision::Int8).is_ok() } else { isa == Isa::Amx }
+}
+
 fn kernels() -> Vec<(Isa, Precision)> {
-    let precisions = [Precision::F32, Precision::Bf16x3, Precision::Bf16];
     Isa::ALL
         .into_iter()
         .filter(|isa| isa.available() || *isa == Isa::Amx && emulated())
-        .flat_map(|isa| precisions.map(|precision| (isa, precision)))
+        .flat_map(|isa| Precision::ALL.map(|precision| (isa, precision)))
+        .filter(|&(isa, precision)| precision != Precision::Int8 || has_int8(isa))
         .collect()
 }
 
@@ -230,8 +239,10 @@ fn every_switch_and_kernel_against_f64() {
             let output = engine.forward(&pixels(&config, 3), 3).unwrap();
             let logits = output.logits.as_ref().unwrap_or(&output.pre_logits);
             // f32 rounds to 6e-8 a step, and a few hundred steps add up in a random walk, on weights that amplify;
-            // bf16 rounds to 4e-3, and bf16 x 3 drops a product of two such roundings, 1.5e-5
+            // bf16 rounds to 4e-3, and bf16 x 3 drops a product of two such roundings, 1.5e-5; int8 rounds to 4e-3 of the
+            // largest value of a row
             let tolerance = match engine.precision() {
+                Precision::Int8 => 0.15,
                 Precision::Bf16 => 6e-2,
                 Precision::Bf16x3 => 5e-5,
                 _ => 1e-5,
@@ -376,6 +387,46 @@ fn what_does_not_fit_is_refused() {
     weights.infos.remove(name);
     let error = Engine::new(&config, &weights, &options).unwrap_err().to_string();
     assert_eq!(error, format!("tensor `{name}`: missing"));
+}
+
+#[test]
+fn int8_is_asked_for_or_refused_and_never_a_guess() {
+    let config = base();
+    let plan = |config: &Config, isa| {
+        Engine::plan(config, &Options { isa: Some(isa), precision: Precision::Int8, ..Options::default() })
+            .map(|(_, isa, precision)| (isa, precision))
+    };
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        match plan(&config, isa) {
+            Ok((ran, precision)) => {
+                assert!(has_int8(isa) && matches!(ran, Isa::Amx | Isa::Avx512) && precision == Precision::Int8);
+            }
+            Err(error) => {
+                assert!(matches!(&error, Error::Unsupported(why) if why.contains("VNNI")), "{error}");
+                assert!(!has_int8(isa));
+            }
+        }
+        // 32 bits would not hold a sum of so many products of bytes
+        let wide = Config { mlp_hidden: int8::WIDEST + 1, ..base() };
+        assert!(matches!(plan(&wide, isa), Err(Error::Unsupported(why)) if why.contains("65536")));
+    }
+}
+
+#[test]
+fn what_is_not_finite_does_not_become_a_number() {
+    let config = base();
+    let (_, weights) = model(&config);
+    for (isa, precision) in kernels() {
+        let engine = engine(&config, &weights, isa, precision, 2);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut pixels = pixels(&config, 2);
+            pixels[1234] = bad;
+            let logits = engine.forward(&pixels, 2).unwrap().logits.unwrap();
+            let (first, second) = logits.split_at(config.num_classes);
+            assert!(first.iter().all(|x| x.is_nan()), "{isa} {precision}: {bad} gives {first:?}");
+            assert!(second.iter().all(|x| x.is_finite()), "{isa} {precision}: {second:?}");
+        }
+    }
 }
 
 /// Counts the allocations of each thread of the tests.
@@ -552,6 +603,7 @@ proptest::proptest! {
             let engine = engine(&config, &weights, isa, precision, threads);
             let output = engine.forward(&pixels(&config, batch), batch).unwrap();
             let tolerance = match engine.precision() {
+                Precision::Int8 => 0.25,
                 Precision::Bf16 => 0.1,
                 Precision::Bf16x3 => 2e-4,
                 _ => 2e-5,

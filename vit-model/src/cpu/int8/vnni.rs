@@ -1,0 +1,129 @@
+//! Bytes in vectors of AVX-512, whose `vpdpbusd` adds four products to each sum.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::avx512::Avx512;
+use super::super::kernel::Integers;
+use super::super::linear::{F32, Multiply, Scales};
+use super::super::pack::{Acts, Elements, Product, Shape};
+use super::super::simd::{Ahead, Simd};
+use super::x86::{output, round_rows};
+
+/// Rows of a register tile.
+const TILE: usize = Avx512::<false>::TILE;
+/// Columns of one: two vectors.
+const COLS: usize = Avx512::<false>::COLS;
+
+/// Proof that the CPU has AVX-512 with VNNI.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vnni(Avx512);
+
+impl Vnni {
+    /// The proof, where it holds.
+    pub(crate) fn detect() -> Option<Self> {
+        let avx512 = Avx512::detect()?;
+        is_x86_feature_detected!("avx512vnni").then_some(Self(avx512))
+    }
+}
+
+/// A register tile of `ROWS` rows.
+///
+/// # Safety
+/// The CPU has the features; otherwise as [`Product`] says.
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
+    // SAFETY: the caller's; a chunk is 16 fours of each row, and of two runs of 16 columns
+    unsafe {
+        let mut a = p.a_tile(first, TILE).cast::<i32>();
+        let mut b = p.b.cast::<__m512i>();
+        let c = p.c.add(first * COLS).cast::<i32>();
+        let mut sum = [[_mm512_setzero_si512(); 2]; ROWS];
+        if p.accumulate {
+            for (i, [x, y]) in sum.iter_mut().enumerate() {
+                *x = _mm512_loadu_si512(c.add(i * COLS).cast());
+                *y = _mm512_loadu_si512(c.add(i * COLS + 16).cast());
+            }
+        }
+        for _ in 0..p.chunks {
+            let mut row = a;
+            // one four a turn: unrolled further, the loads come early and push sums out of the registers
+            for _ in 0..16 {
+                let (left, right) = (_mm512_loadu_si512(b.cast()), _mm512_loadu_si512(b.add(16).cast()));
+                for (i, [x, y]) in sum.iter_mut().enumerate() {
+                    let v = _mm512_set1_epi32(*row.add(i * 16));
+                    *x = _mm512_dpbusd_epi32(*x, v, left);
+                    *y = _mm512_dpbusd_epi32(*y, v, right);
+                }
+                row = row.add(1);
+                b = b.add(1);
+            }
+            a = a.add(TILE * 16);
+            b = b.add(16);
+        }
+        for (i, [x, y]) in sum.iter().enumerate() {
+            _mm512_storeu_si512(c.add(i * COLS).cast(), *x);
+            _mm512_storeu_si512(c.add(i * COLS + 16).cast(), *y);
+        }
+    }
+}
+
+impl Multiply for Vnni {
+    type S = Avx512;
+    type Attention = F32<Avx512>;
+    const SHAPE: Shape = Shape { elements: Elements::Int8, ..Self::Attention::SHAPE };
+    const DEPTH: usize = 12;
+    const QUERIES: usize = Self::Attention::QUERIES;
+
+    #[inline(always)]
+    fn simd(self) -> Avx512 {
+        self.0
+    }
+
+    fn attention(self) -> F32<Avx512> {
+        F32(self.0)
+    }
+
+    #[inline(always)]
+    unsafe fn product(self, p: &Product<'_>) {
+        let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
+        let mut ahead = Ahead::new(p.next, bytes, p.rows.div_ceil(TILE));
+        for first in (0..p.rows).step_by(TILE) {
+            ahead.step();
+            // SAFETY: `self` proves the features; the rest is the caller's
+            unsafe {
+                match p.rows - first {
+                    1 => rows::<1>(p, first),
+                    2 => rows::<2>(p, first),
+                    3 => rows::<3>(p, first),
+                    4 => rows::<4>(p, first),
+                    5 => rows::<5>(p, first),
+                    6 => rows::<6>(p, first),
+                    7 => rows::<7>(p, first),
+                    8 => rows::<8>(p, first),
+                    9 => rows::<9>(p, first),
+                    10 => rows::<10>(p, first),
+                    11 => rows::<11>(p, first),
+                    _ => rows::<12>(p, first),
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn output(_: Avx512, scales: Scales, row: usize, sum: *const f32, bias: *const f32) -> __m512 {
+        // SAFETY: the caller's; `Avx512` proves the features
+        unsafe { output(scales, row, sum, bias) }
+    }
+}
+
+impl Integers for Vnni {
+    fn shape(&self) -> Shape {
+        Self::SHAPE
+    }
+
+    fn round(&self, from: Acts, to: Acts, rows: Range<usize>) {
+        // SAFETY: `self` proves the features; the plan has rows for both
+        unsafe { round_rows(from, to, rows) }
+    }
+}

@@ -1,0 +1,211 @@
+//! What kernels of integers share: the other layers' floats, rounding, and what follows a product.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::attention;
+use super::super::kernel::{CopyRows, Entered, Integers, Kernel, Patches};
+use super::super::linear::{self, Multiply, Scales};
+use super::super::norm::NormRows;
+use super::super::pack::{Acts, CHUNK_BYTES, Elements, Shape};
+use super::{MAGIC, Scale};
+
+/// A kernel that multiplies integers in the blocks' linear layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mixed<F, I> {
+    pub(crate) floats: F,
+    pub(crate) integers: I,
+}
+
+impl<F: Multiply, I: Multiply + Integers> Kernel for Mixed<F, I> {
+    fn shape(&self) -> Shape {
+        F::SHAPE
+    }
+
+    fn integers(&self) -> Option<&dyn Integers> {
+        Some(&self.integers)
+    }
+
+    fn linear_scratch(&self) -> usize {
+        self.floats.linear_scratch().max(self.integers.linear_scratch())
+    }
+
+    fn attention_scratch(&self, keys: usize, dim: usize) -> usize {
+        self.floats.attention_scratch(keys, dim)
+    }
+
+    fn halves(&self) -> bool {
+        self.floats.halves()
+    }
+
+    fn enter(&self) -> Option<Entered> {
+        Kernel::enter(&self.floats)
+    }
+
+    fn linear_units(&self, job: &linear::Job<'_>, threads: usize) -> usize {
+        if job.linear.shape() == I::SHAPE {
+            self.integers.linear_units(job, threads)
+        } else {
+            self.floats.linear_units(job, threads)
+        }
+    }
+
+    fn linear(&self, job: &linear::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
+        if job.linear.shape() == I::SHAPE {
+            self.integers.linear(job, unit, threads, scratch);
+        } else {
+            self.floats.linear(job, unit, threads, scratch);
+        }
+    }
+
+    fn attention(&self, job: &attention::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
+        Kernel::attention(&self.floats, job, unit, threads, scratch);
+    }
+
+    fn norm(&self, rows: NormRows<'_>) {
+        self.floats.norm(rows);
+    }
+
+    fn copy(&self, rows: CopyRows) {
+        self.floats.copy(rows);
+    }
+
+    fn patches(&self, patches: Patches<'_>) {
+        self.floats.patches(patches);
+    }
+}
+
+/// What a product in integers left at `sum` → the layer's output.
+///
+/// # Safety
+/// As [`Multiply::output`] says; the CPU has AVX-512 F.
+#[inline(always)]
+pub(super) unsafe fn output(scales: Scales, row: usize, sum: *const f32, bias: *const f32) -> __m512 {
+    // SAFETY: the caller's
+    unsafe {
+        let (Scale { step, least }, padded) = (*scales.from.scale(row), scales.padded);
+        let steps = _mm512_loadu_ps(bias.add(padded));
+        let weights = _mm512_loadu_ps(bias.add(2 * padded));
+        let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sum.cast())), steps);
+        let bias = _mm512_fmadd_ps(weights, _mm512_set1_ps(least), _mm512_loadu_ps(bias));
+        _mm512_fmadd_ps(sum, _mm512_set1_ps(step), bias)
+    }
+}
+
+/// Rows of floats → rows of bytes, and their scales.
+///
+/// # Safety
+/// The CPU has the features; both sides have the rows, in tiles of as many, and as many columns.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn round_rows(from: Acts, to: Acts, rows: Range<usize>) {
+    debug_assert!(from.shape().tile == to.shape().tile && to.shape().elements == Elements::Int8);
+    let step = from.shape().tile * CHUNK_BYTES;
+    let row = |acts: Acts, row: usize| {
+        let start = acts.left(row, 0).0.cast_mut().wrapping_add(row % acts.shape().tile * CHUNK_BYTES);
+        Row { start, step, chunks: acts.chunks() }
+    };
+    for i in rows {
+        // SAFETY: the caller's
+        unsafe {
+            *to.scale(i) = if from.shape().elements == Elements::Bf16 {
+                round_bf16(row(from, i), row(to, i))
+            } else {
+                round_f32(row(from, i), row(to, i))
+            };
+        }
+    }
+}
+
+/// A row in tiles.
+#[derive(Clone, Copy)]
+struct Row {
+    start: *mut u8,
+    /// Bytes from a chunk to the next.
+    step: usize,
+    chunks: usize,
+}
+
+impl Row {
+    /// A chunk; zeros behind the last.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512 F; the row is alive.
+    #[inline(always)]
+    unsafe fn chunk(self, i: usize) -> __m512i {
+        // SAFETY: the caller's
+        unsafe {
+            if i < self.chunks {
+                _mm512_loadu_si512(self.start.add(i * self.step).cast())
+            } else {
+                _mm512_setzero_si512()
+            }
+        }
+    }
+}
+
+/// A row of bf16. Their bits, but for the sign, are in their order, infinity and NaN above all: the largest bits are, read
+/// with a sign, the largest number's, and without one the smallest's, where there is one above or below zero.
+///
+/// # Safety
+/// As [`round_rows`] says.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn round_bf16(from: Row, to: Row) -> Scale {
+    // SAFETY: the caller's
+    unsafe {
+        let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        for i in 0..from.chunks {
+            let x = from.chunk(i);
+            (low, high) = (_mm512_max_epu16(low, x), _mm512_max_epi16(high, x));
+        }
+        let low = _mm512_reduce_max_epu32(_mm512_max_epu16(low, _mm512_slli_epi32::<16>(low)));
+        let high = _mm512_reduce_max_epi32(_mm512_max_epi16(high, _mm512_slli_epi32::<16>(high)));
+        let (scale, inverse, off) = scale(low & 0xffff_0000, high as u32 & 0xffff_0000);
+        let (inverse, magic, off) = (_mm512_set1_ps(inverse), _mm512_set1_ps(MAGIC), _mm512_set1_epi8(off as i8));
+        let (byte, word) = (_mm512_set1_epi32(0xff), _mm512_set1_epi32(0xffff));
+        let order = std::array::from_fn::<u16, 32, _>(|i| (i % 16 * 2 + i / 16) as u16);
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        let round = |x| _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(x), inverse, magic));
+        // bits of `a` where the mask has them, else of `b`
+        let select = |mask, a, b| _mm512_ternarylogic_epi32::<0xca>(mask, a, b);
+        let pairs = |x| {
+            let (even, odd) = (round(_mm512_slli_epi32::<16>(x)), round(_mm512_andnot_si512(word, x)));
+            select(byte, even, _mm512_slli_epi32::<8>(odd))
+        };
+        for i in 0..to.chunks {
+            let (low, high) = (pairs(from.chunk(2 * i)), pairs(from.chunk(2 * i + 1)));
+            let mixed = select(word, low, _mm512_slli_epi32::<16>(high));
+            let bytes = _mm512_sub_epi8(_mm512_permutexvar_epi16(order, mixed), off);
+            _mm512_storeu_si512(to.start.add(i * to.step).cast(), bytes);
+        }
+        scale
+    }
+}
+
+/// A row of f32, as [`round_bf16`] does it.
+///
+/// # Safety
+/// As [`round_rows`] says.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn round_f32(from: Row, to: Row) -> Scale {
+    // SAFETY: the caller's
+    unsafe {
+        let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        for i in 0..from.chunks {
+            let x = from.chunk(i);
+            (low, high) = (_mm512_max_epu32(low, x), _mm512_max_epi32(high, x));
+        }
+        let (scale, inverse, off) = scale(_mm512_reduce_max_epu32(low), _mm512_reduce_max_epi32(high) as u32);
+        let (inverse, magic, off) = (_mm512_set1_ps(inverse), _mm512_set1_ps(MAGIC), _mm512_set1_epi32(off));
+        for i in 0..4 * to.chunks {
+            let x = _mm512_castsi512_ps(from.chunk(i));
+            let bytes = _mm512_sub_epi32(_mm512_castps_si512(_mm512_fmadd_ps(x, inverse, magic)), off);
+            _mm_storeu_si128(to.start.add(i / 4 * to.step + i % 4 * 16).cast(), _mm512_cvtepi32_epi8(bytes));
+        }
+        scale
+    }
+}
+
+/// Of the bits of the smallest number, if that is negative, and of the largest.
+fn scale(low: u32, high: u32) -> (Scale, f32, i32) {
+    Scale::new(if low >> 31 == 1 { f32::from_bits(low) } else { 0.0 }, f32::from_bits(high))
+}
