@@ -76,7 +76,8 @@ impl Default for Options {
 pub struct Backend {
     /// The kernels: `amx`, `avx512`, `avx2`, `portable` of the CPU engine; `candle-cpu`, `candle-cuda`, `candle-metal`.
     pub kernel: String,
-    /// `f32`, `bf16x3`, `bf16`, `int8` or `f16`; `q8_0` where linear layers multiply blocks of that, see [`quantised`](Self::quantised).
+    /// `f32`, `bf16x3`, `bf16`, `int8` or `f16`; `q8_0` where linear layers multiply blocks of that, see
+    /// [`quantised`](Self::quantised).
     pub precision: String,
     /// CPU threads.
     pub threads: usize,

@@ -105,6 +105,15 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     }
 }
 
+/// Where the scales of a product of bytes are.
+#[derive(Clone, Copy)]
+pub(crate) struct Scales {
+    /// What the layer reads, with a scale for each row.
+    pub(crate) from: Acts,
+    /// See [`Linear::padded`].
+    pub(crate) padded: usize,
+}
+
 /// How a job of a linear layer is cut, so that what is read again stays in a cache near the core.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Blocking {

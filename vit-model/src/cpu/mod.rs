@@ -3,7 +3,8 @@
 //! Top to bottom: [`Engine`] and what it answers, `Net` (the packed model), `Workspace` (the activations), `Pass` (one
 //! forward pass, phase by phase, as every thread runs it). Below it, in their own files: `detect` chooses the kernel;
 //! `kernel` lists what one must do; `linear`, `attention` and `norm` do it over `simd`, which `avx512`, `avx2` and
-//! `portable` implement (`amx` multiplies in tiles, `int8` integers); `pack` says how everything lies in memory; `threads` runs it.
+//! `portable` implement (`amx` multiplies in tiles, `int8` integers); `pack` says how everything lies in memory;
+//! `threads` runs it.
 //!
 //! This folder has the crate's only unsafe code.
 
@@ -83,7 +84,8 @@ pub enum Precision {
     /// and an offset for each token, found as they come. The rest as in [`Bf16`](Self::Bf16) with AMX; with VNNI
     /// in f32, but for the weights of patches and head. No other kernel has it.
     ///
-    /// Logits of a ViT-B/16 with random weights move by 3e-2 of the largest, where bf16 moves them by 8e-3. A model whose
+    /// Logits of a ViT-B/16 with random weights move by 3e-2 of the largest, where bf16 moves them by 8e-3; of 192 random
+    /// images 181 keep the class that f32 gives them, in bf16 189, as such a model's best two are close. A model whose
     /// tokens have a few channels far larger than the rest loses more: they share one scale.
     Int8,
 }

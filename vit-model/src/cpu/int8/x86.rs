@@ -95,47 +95,54 @@ pub(super) unsafe fn output(scales: Scales, row: usize, sum: *const f32, bias: *
 /// Rows of floats → rows of bytes, and their scales.
 ///
 /// # Safety
-/// The CPU has the features; both sides have the rows, in tiles of as many, and as many columns.
+/// The CPU has the features; both sides have the rows, in tiles of as many, and as many columns. No other thread touches
+/// the eights of rows that these are in, of f32 the fours.
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn round_rows(from: Acts, to: Acts, rows: Range<usize>) {
     debug_assert!(from.shape().tile == to.shape().tile && to.shape().elements == Elements::Int8);
-    let step = from.shape().tile * CHUNK_BYTES;
-    let row = |acts: Acts, row: usize| {
-        let start = acts.left(row, 0).0.cast_mut().wrapping_add(row % acts.shape().tile * CHUNK_BYTES);
-        Row { start, step, chunks: acts.chunks() }
-    };
-    for i in rows {
-        // SAFETY: the caller's
+    let bf16 = from.shape().elements == Elements::Bf16;
+    let at_once = if bf16 { 8 } else { 4 };
+    debug_assert!(rows.start.is_multiple_of(at_once) && to.shape().tile.is_multiple_of(at_once));
+    for first in rows.step_by(at_once) {
+        let (from, scales, to) = (Group::new(from, first), to.scale(first), Group::new(to, first));
+        // SAFETY: the caller's; a tile is whole in memory, even where it has fewer rows
         unsafe {
-            *to.scale(i) = if from.shape().elements == Elements::Bf16 {
-                round_bf16(row(from, i), row(to, i))
+            if bf16 {
+                round_bf16(from, to, &mut *scales.cast());
             } else {
-                round_f32(row(from, i), row(to, i))
-            };
+                round_f32(from, to, &mut *scales.cast());
+            }
         }
     }
 }
 
-/// A row in tiles.
+/// Rows beside each other in a tile. Several are read at once, as they come in memory: the chunks of one alone are as far
+/// apart as would be put in a few sets of the cache.
 #[derive(Clone, Copy)]
-struct Row {
+struct Group {
     start: *mut u8,
     /// Bytes from a chunk to the next.
     step: usize,
     chunks: usize,
 }
 
-impl Row {
-    /// A chunk; zeros behind the last.
+impl Group {
+    fn new(acts: Acts, first: usize) -> Self {
+        let tile = acts.shape().tile;
+        let start = acts.left(first, 0).0.cast_mut().wrapping_add(first % tile * CHUNK_BYTES);
+        Self { start, step: tile * CHUNK_BYTES, chunks: acts.chunks() }
+    }
+
+    /// A chunk of a row; zeros behind the last.
     ///
     /// # Safety
     /// The CPU has AVX-512 F; the row is alive.
     #[inline(always)]
-    unsafe fn chunk(self, i: usize) -> __m512i {
+    unsafe fn chunk(self, i: usize, row: usize) -> __m512i {
         // SAFETY: the caller's
         unsafe {
             if i < self.chunks {
-                _mm512_loadu_si512(self.start.add(i * self.step).cast())
+                _mm512_loadu_si512(self.start.add(i * self.step + row * CHUNK_BYTES).cast())
             } else {
                 _mm512_setzero_si512()
             }
@@ -143,65 +150,81 @@ impl Row {
     }
 }
 
-/// A row of bf16. Their bits, but for the sign, are in their order, infinity and NaN above all: the largest bits are, read
+/// Rows of bf16. Their bits, but for the sign, are in their order, infinity and NaN above all: the largest bits are, read
 /// with a sign, the largest number's, and without one the smallest's, where there is one above or below zero.
 ///
 /// # Safety
 /// As [`round_rows`] says.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn round_bf16(from: Row, to: Row) -> Scale {
+unsafe fn round_bf16(from: Group, to: Group, scales: &mut [Scale; 8]) {
     // SAFETY: the caller's
     unsafe {
-        let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        let mut ends = [[_mm512_setzero_si512(); 2]; 8];
         for i in 0..from.chunks {
-            let x = from.chunk(i);
-            (low, high) = (_mm512_max_epu16(low, x), _mm512_max_epi16(high, x));
+            for (row, [low, high]) in ends.iter_mut().enumerate() {
+                let x = from.chunk(i, row);
+                (*low, *high) = (_mm512_max_epu16(*low, x), _mm512_max_epi16(*high, x));
+            }
         }
-        let low = _mm512_reduce_max_epu32(_mm512_max_epu16(low, _mm512_slli_epi32::<16>(low)));
-        let high = _mm512_reduce_max_epi32(_mm512_max_epi16(high, _mm512_slli_epi32::<16>(high)));
-        let (scale, inverse, off) = scale(low & 0xffff_0000, high as u32 & 0xffff_0000);
-        let (inverse, magic, off) = (_mm512_set1_ps(inverse), _mm512_set1_ps(MAGIC), _mm512_set1_epi8(off as i8));
+        let mut factors = [(0f32, 0i8); 8];
+        for ((factor, to), [low, high]) in factors.iter_mut().zip(scales).zip(ends) {
+            let low = _mm512_reduce_max_epu32(_mm512_max_epu16(low, _mm512_slli_epi32::<16>(low)));
+            let high = _mm512_reduce_max_epi32(_mm512_max_epi16(high, _mm512_slli_epi32::<16>(high)));
+            let (scale, inverse, off) = scale(low & 0xffff_0000, high as u32 & 0xffff_0000);
+            (*to, *factor) = (scale, (inverse, off as i8));
+        }
+        let magic = _mm512_set1_ps(MAGIC);
         let (byte, word) = (_mm512_set1_epi32(0xff), _mm512_set1_epi32(0xffff));
         let order = std::array::from_fn::<u16, 32, _>(|i| (i % 16 * 2 + i / 16) as u16);
         let order = _mm512_loadu_si512(order.as_ptr().cast());
-        let round = |x| _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(x), inverse, magic));
         // bits of `a` where the mask has them, else of `b`
         let select = |mask, a, b| _mm512_ternarylogic_epi32::<0xca>(mask, a, b);
-        let pairs = |x| {
-            let (even, odd) = (round(_mm512_slli_epi32::<16>(x)), round(_mm512_andnot_si512(word, x)));
-            select(byte, even, _mm512_slli_epi32::<8>(odd))
-        };
         for i in 0..to.chunks {
-            let (low, high) = (pairs(from.chunk(2 * i)), pairs(from.chunk(2 * i + 1)));
-            let mixed = select(word, low, _mm512_slli_epi32::<16>(high));
-            let bytes = _mm512_sub_epi8(_mm512_permutexvar_epi16(order, mixed), off);
-            _mm512_storeu_si512(to.start.add(i * to.step).cast(), bytes);
+            for (row, &(inverse, off)) in factors.iter().enumerate() {
+                let inverse = _mm512_set1_ps(inverse);
+                let round = |x| _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(x), inverse, magic));
+                let pairs = |x| {
+                    let (even, odd) = (round(_mm512_slli_epi32::<16>(x)), round(_mm512_andnot_si512(word, x)));
+                    select(byte, even, _mm512_slli_epi32::<8>(odd))
+                };
+                let (low, high) = (pairs(from.chunk(2 * i, row)), pairs(from.chunk(2 * i + 1, row)));
+                let mixed = select(word, low, _mm512_slli_epi32::<16>(high));
+                let bytes = _mm512_sub_epi8(_mm512_permutexvar_epi16(order, mixed), _mm512_set1_epi8(off));
+                _mm512_storeu_si512(to.start.add(i * to.step + row * CHUNK_BYTES).cast(), bytes);
+            }
         }
-        scale
     }
 }
 
-/// A row of f32, as [`round_bf16`] does it.
+/// Rows of f32, as [`round_bf16`] does it.
 ///
 /// # Safety
 /// As [`round_rows`] says.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn round_f32(from: Row, to: Row) -> Scale {
+unsafe fn round_f32(from: Group, to: Group, scales: &mut [Scale; 4]) {
     // SAFETY: the caller's
     unsafe {
-        let (mut low, mut high) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+        let mut ends = [[_mm512_setzero_si512(); 2]; 4];
         for i in 0..from.chunks {
-            let x = from.chunk(i);
-            (low, high) = (_mm512_max_epu32(low, x), _mm512_max_epi32(high, x));
+            for (row, [low, high]) in ends.iter_mut().enumerate() {
+                let x = from.chunk(i, row);
+                (*low, *high) = (_mm512_max_epu32(*low, x), _mm512_max_epi32(*high, x));
+            }
         }
-        let (scale, inverse, off) = scale(_mm512_reduce_max_epu32(low), _mm512_reduce_max_epi32(high) as u32);
-        let (inverse, magic, off) = (_mm512_set1_ps(inverse), _mm512_set1_ps(MAGIC), _mm512_set1_epi32(off));
+        let mut factors = [(0f32, 0i32); 4];
+        for ((factor, to), [low, high]) in factors.iter_mut().zip(scales).zip(ends) {
+            let (scale, inverse, off) = scale(_mm512_reduce_max_epu32(low), _mm512_reduce_max_epi32(high) as u32);
+            (*to, *factor) = (scale, (inverse, off));
+        }
+        let magic = _mm512_set1_ps(MAGIC);
         for i in 0..4 * to.chunks {
-            let x = _mm512_castsi512_ps(from.chunk(i));
-            let bytes = _mm512_sub_epi32(_mm512_castps_si512(_mm512_fmadd_ps(x, inverse, magic)), off);
-            _mm_storeu_si128(to.start.add(i / 4 * to.step + i % 4 * 16).cast(), _mm512_cvtepi32_epi8(bytes));
+            for (row, &(inverse, off)) in factors.iter().enumerate() {
+                let x = _mm512_castsi512_ps(from.chunk(i, row));
+                let bytes = _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(inverse), magic));
+                let bytes = _mm512_cvtepi32_epi8(_mm512_sub_epi32(bytes, _mm512_set1_epi32(off)));
+                _mm_storeu_si128(to.start.add(i / 4 * to.step + row * CHUNK_BYTES + i % 4 * 16).cast(), bytes);
+            }
         }
-        scale
     }
 }
 
