@@ -56,14 +56,18 @@ impl Scale {
     }
 }
 
-/// Rounds a row of weights, which are finite, to integers of a byte; answers their scale, and the sum of what they stand
-/// for.
+/// Rounds a row of weights to integers of a byte; answers their scale, and the sum of what they stand for.
 pub(crate) fn round(row: &mut [f32]) -> (f32, f32) {
-    let largest = row.iter().fold(0f32, |m, x| m.max(x.abs()));
+    // as integers, which compilers compare and add in vectors; a sum is exact, as no layer is wider than `WIDEST`
+    let largest = row.iter().fold(0, |m, x| m.max(x.abs().to_bits() as i32));
+    let largest = f32::from_bits(largest as u32);
     let (Scale { step, .. }, inverse, _) = Scale::new(-largest, largest);
-    row.iter_mut().for_each(|x| *x = (*x * inverse + MAGIC) - MAGIC);
-    // exact, as long as no layer is wider than `WIDEST`
-    let sum: i32 = row.iter().map(|&x| x as i32).sum();
+    let mut sum = 0i32;
+    for x in row {
+        let shifted = *x * inverse + MAGIC;
+        sum = sum.wrapping_add((shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32));
+        *x = shifted - MAGIC;
+    }
     (step, step * sum as f32)
 }
 
