@@ -44,7 +44,7 @@ def arguments():
     p.add_argument("--seconds", type=float, default=300, help="of each batch size: no round begins after this many")
     p.add_argument("--vit", help="the vit-cli program")
     p.add_argument("--vit-run", action="append", metavar="KERNEL:PRECISION",
-                   help="what vit-cli is to run, more than once if wanted (default: auto:auto, auto:bf16, avx512:f32, avx2:f32)")
+                   help="what vit-cli is to run, more than once if wanted (default: auto:auto, auto:bf16, auto:int8, avx512:f32, avx2:f32)")
     p.add_argument("--rust", help="the rust-peers program: rten, tract, candle-transformers")
     p.add_argument("--only", help="these contenders alone: beginnings of names, separated by commas")
     p.add_argument("--external", action="append", default=[], metavar="NAME=COMMAND")
@@ -65,7 +65,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import numpy as np  # noqa: E402  (after the number of threads is set)
 
-VIT_RUNS = A.vit_run or ["auto:auto", "auto:bf16", "avx512:f32", "avx2:f32"]
+VIT_RUNS = A.vit_run or ["auto:auto", "auto:bf16", "auto:int8", "avx512:f32", "avx2:f32"]
 RUST_PEERS = ("rten", "tract", "candle-transformers")
 
 
