@@ -9,7 +9,13 @@
 #   RUSTFLAGS="--remap-path-prefix=<checkout>=/vit-rs --remap-path-prefix=<target>=/target --remap-path-prefix=<cargo home>=/cargo"
 #   CFLAGS="-ffile-prefix-map=<cargo home>=/cargo -ffile-prefix-map=<target>=/target"
 #
+#   CARGO_PROFILE_RELEASE_STRIP=symbols     names of local symbols carry hashes of what the optimiser held in between
+#
 # The compiler, the linker and the target must be the same; rustc --version --verbose is printed with the digests.
+#
+# Seen with rustc 1.95: vit-convert the same; vit-cli differs in some 500 bytes of code, all in fast_image_resize's loops over
+# alpha, where the optimiser chose the same registers in another order. Where address randomisation can be switched off
+# (`setarch -R`), it is, as the order in which an optimiser walks its tables may come from addresses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -18,6 +24,8 @@ mkdir -p "$work"
 work=$(cd "$work" && pwd)
 home=${CARGO_HOME:-$HOME/.cargo}
 programs=(vit-cli vit-convert)
+still=()
+setarch -R true 2>/dev/null && still=(setarch -R)
 
 build() { # name of the checkout's folder, of the target folder, of cargo's home
     local source=$work/$1 target=$work/$2 cargo=$work/$3
@@ -30,7 +38,7 @@ build() { # name of the checkout's folder, of the target folder, of cargo's home
         # the longest prefix last: the last that fits is taken
         RUSTFLAGS="--remap-path-prefix=$cargo=/cargo --remap-path-prefix=$source=/vit-rs --remap-path-prefix=$target=/target" \
             CFLAGS="-ffile-prefix-map=$cargo=/cargo -ffile-prefix-map=$source=/vit-rs -ffile-prefix-map=$target=/target" \
-            cargo build --release --locked -p vit-cli -p vit-convert
+            CARGO_PROFILE_RELEASE_STRIP=symbols "${still[@]}" cargo build --release --locked -p vit-cli -p vit-convert
     )
 }
 

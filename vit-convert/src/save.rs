@@ -25,7 +25,9 @@ static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 pub fn guard() {
     // a second handler cannot be installed, and without one the system's default still ends the program
     let _ = ctrlc::set_handler(|| {
-        for path in temporaries().drain(..) {
+        // held to the end, so that no other thread gives a file its name meanwhile
+        let mut list = temporaries();
+        for path in list.drain(..) {
             let _ = fs::remove_file(path);
         }
         std::process::exit(130);
