@@ -13,8 +13,8 @@
 #
 # The compiler, the linker and the target must be the same; rustc --version --verbose is printed with the digests.
 #
-# Seen with rustc 1.95: vit-convert the same; vit-cli differs in some 500 bytes of code, all in fast_image_resize's loops over
-# alpha, where the optimiser chose the same registers in another order. Where address randomisation can be switched off
+# Seen with rustc 1.95: vit-convert the same; vit-cli differs in some 500 bytes of code, all in fast_image_resize's vertical
+# convolutions in f32, where the optimiser gave the same registers other turns. Where address randomisation can be switched off
 # (`setarch -R`), it is, as the order in which an optimiser walks its tables may come from addresses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
