@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::pack::Product;
-use super::simd::{Ahead, Op, Simd, lanewise, tile};
+use super::simd::{Op, Simd, lanewise, register_tiles, tile};
 
 /// Proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
@@ -49,21 +49,9 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        let mut ahead = Ahead::new(p.next, p.chunks * 16 * Self::COLS * size_of::<f32>(), p.rows.div_ceil(Self::TILE));
-        for first in (0..p.rows).step_by(Self::TILE) {
-            ahead.step();
-            // SAFETY: `self` proves the features; the rest is the caller's
-            unsafe {
-                match p.rows - first {
-                    1 => rows::<1>(p, first),
-                    2 => rows::<2>(p, first),
-                    3 => rows::<3>(p, first),
-                    4 => rows::<4>(p, first),
-                    5 => rows::<5>(p, first),
-                    _ => rows::<6>(p, first),
-                }
-            }
-        }
+        let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
+        // SAFETY: `self` proves the features; the rest is the caller's
+        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5], whole: 6) }
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::erf;
 use super::linear::{F32, Multiply};
 use super::pack::{Elements, Product, Shape};
-use super::simd::{Ahead, Op, Simd, lanewise, tile};
+use super::simd::{Op, Simd, lanewise, register_tiles, tile};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
@@ -109,27 +109,9 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        let mut ahead = Ahead::new(p.next, p.chunks * 16 * Self::COLS * size_of::<f32>(), p.rows.div_ceil(Self::TILE));
-        for first in (0..p.rows).step_by(Self::TILE) {
-            ahead.step();
-            // SAFETY: `self` proves the features; the rest is the caller's
-            unsafe {
-                match p.rows - first {
-                    1 => rows::<1>(p, first),
-                    2 => rows::<2>(p, first),
-                    3 => rows::<3>(p, first),
-                    4 => rows::<4>(p, first),
-                    5 => rows::<5>(p, first),
-                    6 => rows::<6>(p, first),
-                    7 => rows::<7>(p, first),
-                    8 => rows::<8>(p, first),
-                    9 => rows::<9>(p, first),
-                    10 => rows::<10>(p, first),
-                    11 => rows::<11>(p, first),
-                    _ => rows::<12>(p, first),
-                }
-            }
-        }
+        let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
+        // SAFETY: `self` proves the features; the rest is the caller's
+        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]

@@ -120,6 +120,26 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn fetch_far(self, _p: *const u8) {}
 }
 
+/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has; `bytes` of the next panel
+/// are fetched meanwhile. Not a function, as N is a constant in each arm. As unsafe as `rows`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! register_tiles {
+    ($rows:ident, $product:expr, $bytes:expr, fewer: [$($fewer:literal)*], whole: $whole:literal) => {{
+        let (p, bytes) = ($product, $bytes);
+        let mut ahead = $crate::cpu::simd::Ahead::new(p.next, bytes, p.rows.div_ceil($whole));
+        for first in (0..p.rows).step_by($whole) {
+            ahead.step();
+            match p.rows - first {
+                $($fewer => $rows::<$fewer>(p, first),)*
+                _ => $rows::<$whole>(p, first),
+            }
+        }
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use register_tiles;
+
 /// `eˣ` within 1.2e-7 relative; below −87.3 the smallest normal number, above 88 `e⁸⁸`.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
@@ -140,25 +160,24 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 /// `2ˣ` for `x ≤ 0`, within 2.2e-7 relative; below −126 some number under 1.2e-38.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
-    let x = s.max(s.splat(-126.0), x);
-    let n = s.round(x);
-    let r = s.sub(x, n);
     // the polynomial of degree 5 with the least relative error on |r| ≤ 1/2, 7.5e-8
-    let mut p = s.splat(0.0013276472);
-    for c in [0.0096755413, 0.055507133, 0.240221197, 0.693146967, 1.0] {
-        p = s.fma(p, r, s.splat(c));
-    }
-    s.scale(p, n)
+    exp2_by(s, x, 0.0013276472, [0.0096755413, 0.055507133, 0.240221197, 0.693146967, 1.0])
 }
 
 /// `2ˣ` for `x ≤ 0`, within 7.5e-5 relative, for what is rounded to bf16, whose last bit is 100 times that.
 #[inline(always)]
 pub(crate) fn exp2_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
+    exp2_by(s, x, 0.05517166907, [0.2426111222, 0.6932609855, 0.9999280735])
+}
+
+/// `2ˣ` by a polynomial for `|x| ≤ 1/2`, the highest power first.
+#[inline(always)]
+fn exp2_by<S: Simd, const N: usize>(s: S, x: S::F, highest: f32, lower: [f32; N]) -> S::F {
     let x = s.max(s.splat(-126.0), x);
     let n = s.round(x);
     let r = s.sub(x, n);
-    let mut p = s.splat(0.05517166907);
-    for c in [0.2426111222, 0.6932609855, 0.9999280735] {
+    let mut p = s.splat(highest);
+    for c in lower {
         p = s.fma(p, r, s.splat(c));
     }
     s.scale(p, n)

@@ -7,7 +7,7 @@ use super::super::avx512::Avx512;
 use super::super::kernel::Integers;
 use super::super::linear::{F32, Multiply, Scales};
 use super::super::pack::{Acts, Elements, Product, Shape};
-use super::super::simd::{Ahead, Simd};
+use super::super::simd::{Simd, register_tiles};
 use super::x86::{output, round_rows};
 
 /// Rows of a register tile.
@@ -87,27 +87,8 @@ impl Multiply for Vnni {
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
         let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
-        let mut ahead = Ahead::new(p.next, bytes, p.rows.div_ceil(TILE));
-        for first in (0..p.rows).step_by(TILE) {
-            ahead.step();
-            // SAFETY: `self` proves the features; the rest is the caller's
-            unsafe {
-                match p.rows - first {
-                    1 => rows::<1>(p, first),
-                    2 => rows::<2>(p, first),
-                    3 => rows::<3>(p, first),
-                    4 => rows::<4>(p, first),
-                    5 => rows::<5>(p, first),
-                    6 => rows::<6>(p, first),
-                    7 => rows::<7>(p, first),
-                    8 => rows::<8>(p, first),
-                    9 => rows::<9>(p, first),
-                    10 => rows::<10>(p, first),
-                    11 => rows::<11>(p, first),
-                    _ => rows::<12>(p, first),
-                }
-            }
-        }
+        // SAFETY: `self` proves the features; the rest is the caller's
+        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
