@@ -241,33 +241,52 @@ struct Plan {
     span: usize,
 }
 
-impl Job<'_> {
-    fn plan<M: Multiply>(&self, threads: usize) -> Plan {
-        let (tile, count, chunks) = (M::SHAPE.tile, self.linear.count(), self.linear.chunks());
+impl Plan {
+    /// For so many rows, `count` panels and `chunks` chunks of each.
+    fn new<M: Multiply>(rows: usize, count: usize, chunks: usize, threads: usize) -> Self {
+        let tile = M::SHAPE.tile;
+        // at most `most` rows, of which there are whole tiles
         let even = |most: usize| {
-            let blocks = self.rows.div_ceil(most).max(1);
-            self.rows.div_ceil(blocks).next_multiple_of(tile)
+            let blocks = rows.div_ceil(most).max(1);
+            rows.div_ceil(blocks).next_multiple_of(tile)
         };
         match M::BLOCKING {
-            Blocking::Chunks { rows, panels } => {
-                let block = even(rows);
-                let blocks = self.rows.div_ceil(block).max(1);
+            Blocking::Chunks { rows: most, panels } => {
+                let block = even(most);
+                let blocks = rows.div_ceil(block).max(1);
                 // fewer panels where threads would be left without work
                 let group = (blocks * count / (2 * threads)).clamp(1, panels);
-                Plan { block, group, span: M::DEPTH }
+                Self { block, group, span: M::DEPTH }
             }
             Blocking::Rows { bytes, least, most } => {
                 let row = chunks * CHUNK_BYTES * M::SHAPE.elements.planes();
-                let block = even((bytes / row).clamp(least, most));
+                let block = even((bytes / row / tile * tile).clamp(least, most));
+                // more than one only where `least` rows are too many, so that sums beside each other are of no more rows
                 let spans = (block * row).div_ceil(bytes).min(chunks.div_ceil(M::DEPTH));
                 if spans <= 1 {
-                    return Plan { block, group: 1, span: chunks };
+                    return Self { block, group: 1, span: chunks };
                 }
-                let units = self.rows.div_ceil(block) * count;
+                let units = rows.div_ceil(block) * count;
                 let group = units.div_ceil(threads).clamp(1, SIDE_BY_SIDE);
-                Plan { block, group, span: chunks.div_ceil(spans).next_multiple_of(M::DEPTH) }
+                Self { block, group, span: chunks.div_ceil(spans).next_multiple_of(M::DEPTH) }
             }
         }
+    }
+
+    /// Rows of sums of a unit.
+    fn sums(&self) -> usize {
+        self.group * Self::sums_of(self.block)
+    }
+
+    /// Rows of sums of a panel: products write whole tiles, and two of them at once.
+    const fn sums_of(rows: usize) -> usize {
+        rows.next_multiple_of(32)
+    }
+}
+
+impl Job<'_> {
+    fn plan<M: Multiply>(&self, threads: usize) -> Plan {
+        Plan::new::<M>(self.rows, self.linear.count(), self.linear.chunks(), threads)
     }
 
     /// Independent parts of the job. Each value is computed in one of them, in an order that does not depend on how many
@@ -300,13 +319,15 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
     fn call(self, s: M::S) {
         let Self { multiply, job, unit, threads, scratch } = self;
         let (shape, linear) = (M::SHAPE, job.linear);
-        let Plan { block, group, span } = job.plan::<M>(threads);
+        let plan = job.plan::<M>(threads);
+        assert!(plan.sums() <= M::BLOCKING.sums(shape.tile), "the sums of a unit outgrow its scratch");
+        let Plan { block, group, span } = plan;
         let (groups, all) = (linear.count().div_ceil(group), linear.chunks());
         let row = unit / groups * block;
         let rows = block.min(job.rows - row);
         let first = unit % groups * group;
         let panels = first..linear.count().min(first + group);
-        let sums = |panel: usize| scratch.wrapping_add((panel - first) * rows.next_multiple_of(32) * shape.cols);
+        let sums = |panel: usize| scratch.wrapping_add((panel - first) * Plan::sums_of(rows) * shape.cols);
         let wide = scratch.wrapping_add(M::BLOCKING.sums(shape.tile) * shape.cols);
 
         for start in (0..all).step_by(span) {
@@ -549,3 +570,44 @@ impl<M: Multiply> Values<M> {
 }
 
 const _: () = assert!(CHUNK_BYTES == 64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Over the rows of batches, and layers from the smallest to those of giants.
+    fn fits<M: Multiply>(name: &str) {
+        let chunk = M::SHAPE.elements.chunk();
+        for rows in (1..600).chain((600..6000).step_by(37)).chain([2056]) {
+            for k in [16usize, 192, 384, 768, 1024, 1152, 1280, 1408, 1536, 3072, 4096, 4304, 5120, 6144, 8192] {
+                for (n, threads) in [(48usize, 1), (768, 2), (3072, 64), (8192, 1)] {
+                    let plan = Plan::new::<M>(rows, n.div_ceil(M::SHAPE.cols), k.div_ceil(chunk), threads);
+                    let room = M::BLOCKING.sums(M::SHAPE.tile);
+                    assert!(plan.sums() <= room, "{name}: {rows} rows of {k}, {n} outputs, {threads} threads");
+                    assert!(plan.block.is_multiple_of(M::SHAPE.tile), "{name}: a block of {} rows", plan.block);
+                    assert!(plan.group > 0 && plan.span > 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_unit_outgrows_its_scratch() {
+        use super::super::portable::Portable;
+        fits::<F32<Portable>>("portable");
+        #[cfg(target_arch = "x86_64")]
+        {
+            use super::super::{avx2::Avx2, avx512};
+            fits::<F32<Avx2>>("avx2");
+            fits::<F32<avx512::Avx512>>("avx512");
+            fits::<avx512::Bf16x3>("avx512, bf16x3");
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        {
+            use super::super::{amx, int8};
+            fits::<amx::Tiled<amx::Registers, false>>("amx, bf16");
+            fits::<amx::Tiled<amx::Registers, true>>("amx, bf16x3");
+            fits::<int8::Tiled<amx::Registers>>("amx, int8");
+        }
+    }
+}
