@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::linear::Multiply;
 use super::norm::Norm;
-use super::pack::{Acts, ActsRow, Elements, Halves, Product, Rows};
+use super::pack::{Acts, ActsRow, Halves, Product, Rows};
 use super::simd::{Op, Simd, exp2, exp2_for_bf16};
 
 /// The attentions of one layer.
@@ -147,6 +147,9 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
         }
     }
 }
+
+/// Rows whose softmax is computed at once.
+const ROWS_BESIDE: usize = 4;
 
 struct Head<'a, M> {
     multiply: M,
@@ -305,19 +308,16 @@ impl<M: Multiply> Head<'_, M> {
             let (q, weights) = (scratch.add(at.queries), scratch.add(at.weights));
             let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
             let row = scratch.add(at.rows).cast::<f32>();
-            let tiles = |start: *mut u8, chunks: usize, low: usize, i: usize| {
-                ActsRow::new(shape, start.add(i / shape.tile * chunks * shape.tile * 64), i % shape.tile, low)
-            };
             let halves = self.halves(job.q, 0);
             for i in 0..rows {
                 if let Some((from, stride)) = halves {
                     let from = from.add((queries.start + i) * stride);
-                    tiles(q, dim_chunks, at.queries_low, i).copy_halves(s, from, job.dim);
+                    self.tiled(at.queries, dim_chunks, at.queries_low, i).copy_halves(s, from, job.dim);
                     continue;
                 }
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
                 self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
-                let to = tiles(q, dim_chunks, at.queries_low, i);
+                let to = self.tiled(at.queries, dim_chunks, at.queries_low, i);
                 for column in (0..dim_chunks * shape.elements.chunk()).step_by(2 * M::S::LANES) {
                     if column + M::S::LANES < dim_chunks * shape.elements.chunk() {
                         to.put_pair(s, column, s.load(row.add(column)), s.load(row.add(column + M::S::LANES)));
@@ -331,13 +331,14 @@ impl<M: Multiply> Head<'_, M> {
                 let c = scores.add(panel * block);
                 multiply.product(&product::<M>(q, dim_chunks, at.queries_low, rows, b, c));
             }
-            let (padding, mut inverse) = (self.padding(), [0f32; 64]);
-            for (i, inverse) in inverse.iter_mut().enumerate().take(rows) {
-                if let Some((from, stride)) = halves {
-                    self.fetch_next(s, from.add((queries.start + i) * stride));
-                }
-                let to = tiles(weights, key_chunks, at.weights_low, i);
-                *inverse = 1.0 / self.softmax(s, scores.add(i * shape.cols), &padding, to);
+            let mut inverse = [0f32; 64];
+            let mut first = 0;
+            while first + ROWS_BESIDE <= rows {
+                self.softmax::<ROWS_BESIDE>(s, queries.start, first, &mut inverse);
+                first += ROWS_BESIDE;
+            }
+            for i in first..rows {
+                self.softmax::<1>(s, queries.start, i, &mut inverse);
             }
             for panel in 0..job.dim.div_ceil(shape.cols) {
                 let b = scratch.add(at.values + panel * Self::panel(key_chunks));
@@ -374,7 +375,7 @@ impl<M: Multiply> Head<'_, M> {
     /// `2ˣ`, as exact as what is made of it.
     #[inline(always)]
     fn exp2(&self, s: M::S, x: <M::S as Simd>::F) -> <M::S as Simd>::F {
-        if M::SHAPE.elements == Elements::Bf16 { exp2_for_bf16(s, x) } else { exp2(s, x) }
+        if M::SHAPE.elements.rounds() { exp2_for_bf16(s, x) } else { exp2(s, x) }
     }
 
     /// What is added to the last vector of scores: nothing, and −∞ beyond the keys.
@@ -385,44 +386,67 @@ impl<M: Multiply> Head<'_, M> {
         std::array::from_fn(|i| if last + i < keys { 0.0 } else { f32::NEG_INFINITY })
     }
 
-    /// Scores of one query, a panel every `QUERIES · cols` values → `e^((score − largest) / √d)` in chunks; answers
-    /// their sum. The scores are not written to: a vector that was written in parts is read late.
+    /// Row `i` of a block in tiles.
     #[inline(always)]
-    unsafe fn softmax(&self, s: M::S, scores: *const f32, padding: &[f32; 16], to: ActsRow) -> f32 {
-        let (keys, shape) = (self.job.keys(), M::SHAPE);
-        let lanes = M::S::LANES;
+    fn tiled(&self, start: usize, chunks: usize, low: usize, i: usize) -> ActsRow {
+        let tile = M::SHAPE.tile;
+        ActsRow::new(M::SHAPE, self.scratch.wrapping_add(start + i / tile * chunks * tile * 64), i % tile, low)
+    }
+
+    /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums.
+    /// The rows take turns, as each is a chain of operations that wait for each other. The scores are not written to: a
+    /// vector that was written in parts is read late.
+    #[inline(always)]
+    unsafe fn softmax<const N: usize>(&self, s: M::S, query: usize, first: usize, inverse: &mut [f32; 64]) {
+        let Self { job, scratch, ref at, .. } = *self;
+        let (keys, shape, lanes, (_, key_chunks)) = (job.keys(), M::SHAPE, M::S::LANES, self.chunks());
         let place = |key: usize| key / shape.cols * M::QUERIES * shape.cols + key % shape.cols;
         // whole vectors of keys, one that may have padding, and zeros
         let (last, end) = (keys.next_multiple_of(lanes) - lanes, keys.next_multiple_of(shape.elements.chunk()));
-        let scale = std::f32::consts::LOG2_E / (self.job.dim as f32).sqrt();
+        let scale = std::f32::consts::LOG2_E / (job.dim as f32).sqrt();
         // SAFETY: the caller's; a panel is whole vectors
         unsafe {
-            let tail = s.add(s.load(scores.add(place(last))), s.load(padding.as_ptr()));
-            let mut largest = tail;
-            for key in (0..last).step_by(lanes) {
-                largest = s.max(largest, s.load(scores.add(place(key))));
+            if let Some((from, stride)) = self.halves(job.q, query + first) {
+                (0..N).for_each(|row| self.fetch_next(s, from.add(row * stride)));
             }
-            let (scale, offset) = (s.splat(scale), s.splat(-s.largest(largest) * scale));
-            let (mut sum, mut sum2) = (s.splat(0.0), s.splat(0.0));
+            let scores = scratch.add(at.scores).cast::<f32>().add(first * shape.cols);
+            let score = |row: usize, key: usize| s.load(scores.add(row * shape.cols + place(key)));
+            let padding = s.load(self.padding().as_ptr());
+            let tails: [_; N] = std::array::from_fn(|row| s.add(score(row, last), padding));
+            let mut largest = tails;
+            for key in (0..last).step_by(lanes) {
+                for (row, largest) in largest.iter_mut().enumerate() {
+                    *largest = s.max(*largest, score(row, key));
+                }
+            }
+            let (offsets, scale) = (largest.map(|x| s.splat(-s.largest(x) * scale)), s.splat(scale));
+            let to: [_; N] = std::array::from_fn(|row| self.tiled(at.weights, key_chunks, at.weights_low, first + row));
+            let mut sums = [s.splat(0.0); N];
             let mut key = 0;
             while key + 2 * lanes <= last {
-                let x = self.exp2(s, s.fma(s.load(scores.add(place(key))), scale, offset));
-                let y = self.exp2(s, s.fma(s.load(scores.add(place(key + lanes))), scale, offset));
-                (sum, sum2) = (s.add(sum, x), s.add(sum2, y));
-                to.put_pair(s, key, x, y);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    let x = self.exp2(s, s.fma(score(row, key), scale, offsets[row]));
+                    let y = self.exp2(s, s.fma(score(row, key + lanes), scale, offsets[row]));
+                    *sum = s.add(*sum, s.add(x, y));
+                    to[row].put_pair(s, key, x, y);
+                }
                 key += 2 * lanes;
             }
             while key < end {
-                let mut x = s.splat(0.0);
-                if key <= last {
-                    let score = if key == last { tail } else { s.load(scores.add(place(key))) };
-                    x = self.exp2(s, s.fma(score, scale, offset));
-                    sum = s.add(sum, x);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    let mut x = s.splat(0.0);
+                    if key <= last {
+                        let score = if key == last { tails[row] } else { score(row, key) };
+                        x = self.exp2(s, s.fma(score, scale, offsets[row]));
+                        *sum = s.add(*sum, x);
+                    }
+                    to[row].put(s, key, x);
                 }
-                to.put(s, key, x);
                 key += lanes;
             }
-            s.sum(s.add(sum, sum2))
+            for (row, sum) in sums.into_iter().enumerate() {
+                inverse[first + row] = 1.0 / s.sum(sum);
+            }
         }
     }
 }

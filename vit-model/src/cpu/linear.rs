@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::kernel::Entered;
 use super::pack::{Acts, CHUNK_BYTES, Elements, Halves, Linear, Product, Rows, Shape, pack_panel};
-use super::simd::{Op, Simd, gelu_tanh, quick_gelu, relu, silu};
+use super::simd::{Op, Simd, gelu_for_bf16, gelu_tanh, quick_gelu, relu, silu};
 use crate::Activation;
 
 /// A way to multiply: an instruction set and the elements it multiplies.
@@ -413,6 +413,7 @@ macro_rules! acts {
 acts! {
     Identity: |_s, x| x;
     Gelu: |s, x| s.gelu(x);
+    GeluForBf16: |s, x| gelu_for_bf16(s, x);
     GeluTanh: |s, x| gelu_tanh(s, x);
     QuickGelu: |s, x| quick_gelu(s, x);
     Relu: |s, x| relu(s, x);
@@ -446,6 +447,7 @@ impl<M: Multiply> Op<M::S> for FinishRows<'_, M> {
         unsafe {
             match finish.job.act {
                 None => finish.run::<Identity>(s, rows),
+                Some(Activation::Gelu) if M::SHAPE.elements.rounds() => finish.run::<GeluForBf16>(s, rows),
                 Some(Activation::Gelu) => finish.run::<Gelu>(s, rows),
                 Some(Activation::GeluTanh) => finish.run::<GeluTanh>(s, rows),
                 Some(Activation::QuickGelu) => finish.run::<QuickGelu>(s, rows),

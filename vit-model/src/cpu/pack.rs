@@ -41,6 +41,11 @@ impl Elements {
         }
     }
 
+    /// Whether activations are rounded to bf16, or to less.
+    pub(crate) const fn rounds(self) -> bool {
+        matches!(self, Self::Bf16 | Self::Int8)
+    }
+
     /// Copies of the activations: the value, and what the rounding left over.
     pub(crate) const fn planes(self) -> usize {
         if matches!(self, Self::Bf16x3) { 2 } else { 1 }

@@ -140,8 +140,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn pow2(self, n: Self::F) -> Self::F {
-        n.map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32))
+    fn scale(self, p: Self::F, n: Self::F) -> Self::F {
+        lanes(|i| f32::from_bits(p[i].to_bits().wrapping_add(((n[i] as i32) << 23) as u32)))
     }
 
     #[inline(always)]

@@ -91,15 +91,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `b` where either is not a number.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     fn abs(self, a: Self::F) -> Self::F;
+    /// `a`, but between `−most` and `most`; any of them for what is not a number.
+    #[inline(always)]
+    fn limit(self, a: Self::F, most: Self::F) -> Self::F {
+        self.max(self.sub(self.splat(0.0), most), self.min(a, most))
+    }
     /// To the nearest integer.
     fn round(self, a: Self::F) -> Self::F;
-    /// `2ⁿ` for integers −126 to 127.
-    fn pow2(self, n: Self::F) -> Self::F;
-    /// `p · 2ⁿ` for integers −126 to 127.
-    #[inline(always)]
-    fn scale(self, p: Self::F, n: Self::F) -> Self::F {
-        self.mul(p, self.pow2(n))
-    }
+    /// `p · 2ⁿ` for integers −126 to 127 and `½ < p < 2`; some number under 2⁻¹²⁶ where that is one.
+    fn scale(self, p: Self::F, n: Self::F) -> Self::F;
     /// `1 / a` for `a ≥ 1`, within 1.2e-7 relative.
     #[inline(always)]
     fn reciprocal(self, a: Self::F) -> Self::F {
@@ -205,6 +205,28 @@ pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     }
     let half_erfc = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.fma(z, s.sub(s.splat(0.0), z), p)));
     s.mul(x, s.if_positive(x, s.sub(one, half_erfc), half_erfc))
+}
+
+/// [`gelu`] for what is rounded to bf16: within 1.2e-4, less than a tenth of what the rounding of results as large as
+/// a model's adds. `Φ(x) − ½` is odd, so it is `x` times a polynomial of `x²`, the one of degree 7 with the least error
+/// relative to `|gelu(x)| + 0.3` on `|x| ≤ 4.25` that ends in ½; beyond, `Φ` is 0 or 1.
+#[inline(always)]
+pub(crate) fn gelu_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
+    let near = s.limit(x, s.splat(4.25));
+    let square = s.mul(near, near);
+    let mut p = s.splat(-7.985266892e-10);
+    for c in [
+        7.218663711e-8,
+        -2.832573955e-6,
+        6.385621236e-5,
+        -9.258881328e-4,
+        9.189257398e-3,
+        -6.529832631e-2,
+        3.982994854e-1,
+    ] {
+        p = s.fma(p, square, s.splat(c));
+    }
+    s.mul(x, s.fma(near, p, s.splat(0.5)))
 }
 
 /// `x/2 · (1 + tanh(u))` is `x · sigmoid(2u)`, `u = √(2/π) (x + 0.044715 x³)`.

@@ -509,30 +509,33 @@ fn erfc(z: f64) -> f64 {
     scale / 2.0 / (z + fraction)
 }
 
-/// The largest error of GELU, relative to x: in f32 `1 + erf` cannot be more exact where x is negative, and is 6e-8 off by
-/// its rounding alone.
-fn worst_gelu<S: simd::Simd>(s: S) -> f64 {
+/// The largest error of a GELU, as a part of what `of` makes of `x` and the right answer.
+fn worst_gelu<S: simd::Simd>(s: S, gelu: fn(S, S::F) -> S::F, of: fn(f64, f64) -> f64) -> f64 {
     let phi = |x: f64| erfc(-x / 2f64.sqrt()) / 2.0;
     let mut worst = 0f64;
     for i in 0..400_000 {
         let x = -20.0 + 40.0 * i as f32 / 400_000.0;
         let mut lanes = [0f32; 16];
         // SAFETY: no vector is longer
-        unsafe { s.store(lanes.as_mut_ptr(), s.gelu(s.splat(x))) };
-        let x = f64::from(x);
-        worst = worst.max((f64::from(lanes[0]) - x * phi(x)).abs() / x.abs().max(1e-30));
+        unsafe { s.store(lanes.as_mut_ptr(), gelu(s, s.splat(x))) };
+        let (x, right) = (f64::from(x), f64::from(x) * phi(f64::from(x)));
+        worst = worst.max((f64::from(lanes[0]) - right).abs() / of(x, right));
     }
     worst
 }
 
 fn activations_of<S: simd::Simd>(s: S) {
-    let error = worst_gelu(s);
+    // in f32 `1 + erf` cannot be more exact where x is negative, and is 6e-8 off by its rounding alone
+    let error = worst_gelu(s, S::gelu, |x, _| x.abs().max(1e-30));
     assert!(error < 2.5e-7, "gelu is off by {error:e} of x");
+    let error = worst_gelu(s, simd::gelu_for_bf16::<S>, |_, right| right.abs() + 0.3);
+    assert!(error < 3e-4, "gelu_for_bf16 is off by {error:e} of itself and 0.3");
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     // relative; in the tails the argument of `e` is rounded, which its size multiplies
     let cases = [
         ("exp", worst(s, -80.0, 80.0, simd::exp::<S>, f64::exp), 2.5e-7),
         ("exp2", worst(s, -125.0, 0.0, simd::exp2::<S>, f64::exp2), 2.5e-7),
+        ("exp2_for_bf16", worst(s, -125.0, 0.0, simd::exp2_for_bf16::<S>, f64::exp2), 7.5e-5),
         (
             "gelu_tanh",
             worst(s, -4.0, 8.0, simd::gelu_tanh::<S>, |x| {
@@ -547,7 +550,8 @@ fn activations_of<S: simd::Simd>(s: S) {
     for (name, error, tolerance) in cases {
         assert!(error < tolerance, "{name} is off by {error:e}");
     }
-    for f in [simd::exp::<S>, S::gelu, simd::gelu_tanh::<S>, simd::quick_gelu::<S>, simd::silu::<S>, simd::relu::<S>] {
+    let gelus = [S::gelu, simd::gelu_for_bf16::<S>, simd::gelu_tanh::<S>, simd::quick_gelu::<S>];
+    for f in gelus.into_iter().chain([simd::exp::<S>, simd::silu::<S>, simd::relu::<S>]) {
         let mut lanes = [0f32; 16];
         // SAFETY: no vector is longer
         unsafe { s.store(lanes.as_mut_ptr(), f(s, s.splat(f32::NAN))) };
