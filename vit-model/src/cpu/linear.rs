@@ -266,8 +266,8 @@ impl Plan {
                 if spans <= 1 {
                     return Self { block, group: 1, span: chunks };
                 }
-                let units = rows.div_ceil(block) * count;
-                let group = units.div_ceil(threads).clamp(1, SIDE_BY_SIDE);
+                // two units a thread at least, so that one that is slowed leaves some to the others
+                let group = (rows.div_ceil(block) * count).div_ceil(2 * threads).clamp(1, SIDE_BY_SIDE);
                 Self { block, group, span: chunks.div_ceil(spans).next_multiple_of(M::DEPTH) }
             }
         }
