@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use super::avx512::{Dot, transpose};
 use super::kernel::Entered;
 use super::linear::{Blocking, Multiply};
-use super::pack::{Elements, Product, Shape};
+use super::pack::{Elements, Product, Shape, Strips};
 use super::simd::Ahead;
 
 /// Rows of a tile.
@@ -211,7 +211,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     const BLOCKING: Blocking = Blocking::Rows { bytes: 1300 << 10, least: 208, most: 400 };
     const QUERIES: usize = 2 * TILE;
     const FOLLOWS: bool = true;
-    const HALVES: bool = !SPLIT;
+    const STRIPS: bool = true;
 
     fn simd(self) -> Dot {
         self.avx512
@@ -271,41 +271,46 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     }
 
     #[inline(always)]
-    unsafe fn pack_half_columns(self, from: *const u16, stride: usize, columns: usize, chunks: usize, to: *mut u8) {
-        for (chunk, tile) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
-            // SAFETY: the caller's; `self` proves the features
-            unsafe {
-                let mut rows = [_mm512_setzero_si512(); TILE];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    if tile * TILE + i < columns {
-                        *row = _mm512_loadu_si512(from.add((tile * TILE + i) * stride + chunk * 32).cast());
+    unsafe fn pack_strip_columns(self, strips: Strips, from: *const u8, rows: usize, chunks: usize, to: *mut u8) {
+        let planes = Self::SHAPE.elements.planes();
+        for (chunk, plane) in (0..chunks).flat_map(|chunk| (0..planes).map(move |plane| (chunk, plane))) {
+            for tile in 0..2 {
+                // SAFETY: the caller's; `self` proves the features
+                unsafe {
+                    let from = from.add(chunk * strips.strip + plane * strips.plane);
+                    let mut columns = [_mm512_setzero_si512(); TILE];
+                    for (i, column) in columns.iter_mut().enumerate() {
+                        if tile * TILE + i < rows {
+                            *column = _mm512_loadu_si512(from.add((tile * TILE + i) * STRIDE).cast());
+                        }
                     }
+                    transpose(&mut columns);
+                    let to = to.add(((chunk * planes + plane) * 2 + tile) * BYTES);
+                    columns.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
                 }
-                transpose(&mut rows);
-                let to = to.add((chunk * 2 + tile) * BYTES);
-                rows.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn pack_half_rows(self, from: *const u16, stride: usize, rows: usize, to: *mut u8) {
+    unsafe fn pack_strip_rows(self, strips: Strips, from: *const u8, rows: usize, to: *mut u8) {
         // SAFETY: the caller's; `self` proves the features
         unsafe {
             let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
-            for pair in 0..TILE {
-                let row = |i: usize, half: usize| {
-                    if i < rows {
-                        _mm256_loadu_si256(from.add(i * stride + half * 16).cast())
-                    } else {
-                        _mm256_setzero_si256()
-                    }
+            let to_one = |plane: usize, pair: usize, x: __m512i, y: __m512i| {
+                let to = to.add(plane * 2 * BYTES + pair * STRIDE);
+                let left = _mm512_inserti64x4::<1>(x, _mm512_castsi512_si256(y));
+                let right = _mm512_shuffle_i64x2::<0xee>(x, y);
+                _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, left));
+                _mm512_storeu_si512(to.add(BYTES).cast(), _mm512_permutexvar_epi16(pairs, right));
+            };
+            for plane in 0..Self::SHAPE.elements.planes() {
+                let row = |i: usize| {
+                    let from = from.wrapping_add(plane * strips.plane + i * STRIDE);
+                    if i < rows { _mm512_loadu_si512(from.cast()) } else { _mm512_setzero_si512() }
                 };
-                for tile in 0..2 {
-                    let (x, y) = (row(2 * pair, tile), row(2 * pair + 1, tile));
-                    let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(x), y);
-                    let to = to.add(tile * BYTES + pair * STRIDE);
-                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, both));
+                for pair in 0..TILE {
+                    to_one(plane, pair, row(2 * pair), row(2 * pair + 1));
                 }
             }
         }
@@ -466,8 +471,8 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
                     t.dot::<3, 5, 7>();
                 }
             }
-            top = top.add(BYTES);
-            bottom = bottom.wrapping_add(BYTES);
+            top = top.wrapping_add(p.a_chunk);
+            bottom = bottom.wrapping_add(p.a_chunk);
             b = b.add(if SPLIT { 4 * BYTES } else { 2 * BYTES });
         }
         t.store::<0>(c, ROW);

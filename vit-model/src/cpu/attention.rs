@@ -4,9 +4,10 @@
 
 use std::ops::Range;
 
-use super::linear::Multiply;
+use super::kernel::Kernel;
+use super::linear::{self, Add, Multiply};
 use super::norm::Norm;
-use super::pack::{Acts, ActsRow, Halves, Product, Rows};
+use super::pack::{Acts, ActsRow, CHUNK_BYTES, Product, Rows, Strips};
 use super::simd::{Op, Simd, exp2, exp2_for_bf16};
 
 /// The attentions of one layer.
@@ -32,7 +33,35 @@ pub(crate) struct Job<'a> {
 #[derive(Clone, Copy)]
 pub(crate) enum From {
     Rows(Rows),
-    Halves(Halves),
+    /// Heads are whole strips.
+    Strips(Strips),
+}
+
+/// How queries, keys and values lie between their linear layer and attention, in memory of [`between_bytes`]: where the
+/// one writes them, and where the other finds them. Those that a norm is to see before they are rounded are not `plain`.
+pub(crate) fn between(
+    kernel: &dyn Kernel,
+    start: *mut u8,
+    rows: usize,
+    [dim, head_dim]: [usize; 2],
+    plain: bool,
+) -> (linear::To, From) {
+    match kernel.strips() {
+        Some(elements) if plain && head_dim.is_multiple_of(Strips::COLS) => {
+            let strips = Strips::new(start, elements, rows, 3 * dim);
+            (linear::To::Strips(strips), From::Strips(strips))
+        }
+        _ => {
+            let rows = Rows::new(start, 3 * dim);
+            (linear::To::Rows(rows, Add::Nothing), From::Rows(rows))
+        }
+    }
+}
+
+/// Bytes for queries, keys and values, however they lie.
+pub(crate) fn between_bytes(kernel: &dyn Kernel, rows: usize, dim: usize) -> usize {
+    let strips = kernel.strips().map_or(0, |elements| Strips::bytes(elements, rows, 3 * dim));
+    Rows::bytes(rows, 3 * dim).max(strips)
 }
 
 /// Where attention goes.
@@ -195,15 +224,7 @@ impl<M: Multiply> Head<'_, M> {
                         s.store(to.add(column), s.load(from.add(column)));
                     }
                 }
-                (From::Halves(halves), norm) => {
-                    let from = halves.row(row).add(first);
-                    for column in (0..dim).step_by(M::S::LANES) {
-                        s.store(to.add(column), s.load_bf16(from.add(column)));
-                    }
-                    if let Some(norm) = norm {
-                        norm.apply(s, to, |column, x| s.store(to.add(column), x));
-                    }
-                }
+                (From::Strips(_), _) => unreachable!("strips are read as they are"),
             }
             for column in dim..self.width() {
                 *to.add(column) = 0.0;
@@ -211,15 +232,13 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
-    /// The first value of this head and image from row `first` on, and how far it is to the next row, where they are in
-    /// bf16 and need no padding: they are packed as they are.
+    /// The strips, and where this head and image begins in them from row `first` on, where that is how they lie.
     #[inline(always)]
-    fn halves(&self, (from, column): (From, usize), first: usize) -> Option<(*const u16, usize)> {
-        let job = self.job;
+    fn strips(&self, (from, column): (From, usize), first: usize) -> Option<(Strips, *const u8)> {
         match from {
-            From::Halves(halves) if M::HALVES && job.norms.is_none() && job.dim.is_multiple_of(M::SHAPE.cols) => {
-                let row = halves.row(self.image * job.tokens + first);
-                Some((row.wrapping_add(column + self.head * job.dim), halves.stride))
+            From::Strips(strips) if M::STRIPS => {
+                let (row, column) = (self.image * self.job.tokens + first, column + self.head * self.job.dim);
+                Some((strips, strips.at(row, column).cast_const()))
             }
             _ => None,
         }
@@ -227,11 +246,14 @@ impl<M: Multiply> Head<'_, M> {
 
     /// Fetches a row of the next head, whose query of this head is at `q`: its query, key and value.
     #[inline(always)]
-    fn fetch_next(&self, s: M::S, q: *const u16) {
+    fn fetch_next(&self, s: M::S, strips: Strips, q: *const u8) {
         let job = self.job;
         for column in [job.q.1, job.k.1, job.v.1] {
-            for line in 0..job.dim / 32 {
-                s.fetch_far(q.wrapping_add(column + job.dim + line * 32).wrapping_sub(job.q.1).cast());
+            for strip in 0..job.dim / Strips::COLS {
+                let strip = (column - job.q.1 + job.dim) / Strips::COLS + strip;
+                for plane in 0..M::SHAPE.elements.planes() {
+                    s.fetch_far(q.wrapping_add(strip * strips.strip + plane * strips.plane));
+                }
             }
         }
     }
@@ -242,11 +264,11 @@ impl<M: Multiply> Head<'_, M> {
         let (job, cols, width, (chunks, _)) = (self.job, M::SHAPE.cols, self.width(), self.chunks());
         // SAFETY: the caller's
         unsafe {
-            if let Some((from, stride)) = self.halves(job.k, job.first_key) {
+            if let Some((strips, from)) = self.strips(job.k, job.first_key) {
                 for first in (0..job.keys()).step_by(cols) {
                     let to = self.scratch.add(self.at.keys + first / cols * Self::panel(chunks));
-                    let from = from.add(first * stride);
-                    self.multiply.pack_half_columns(from, stride, cols.min(job.keys() - first), chunks, to);
+                    let (from, rows) = (from.add(first * CHUNK_BYTES), cols.min(job.keys() - first));
+                    self.multiply.pack_strip_columns(strips, from, rows, chunks, to);
                 }
                 return;
             }
@@ -274,11 +296,11 @@ impl<M: Multiply> Head<'_, M> {
         let chunk = shape.elements.chunk();
         // SAFETY: the caller's
         unsafe {
-            if let Some((from, stride)) = self.halves(job.v, job.first_key) {
-                for (i, panel) in (0..chunks).flat_map(|i| (0..job.dim / shape.cols).map(move |panel| (i, panel))) {
+            if let Some((strips, from)) = self.strips(job.v, job.first_key) {
+                for (panel, i) in (0..job.dim / shape.cols).flat_map(|panel| (0..chunks).map(move |i| (panel, i))) {
                     let to = self.scratch.add(self.at.values + panel * Self::panel(chunks) + i * Self::panel(1));
-                    let from = from.add(i * chunk * stride + panel * shape.cols);
-                    self.multiply.pack_half_rows(from, stride, chunk.min(job.keys() - i * chunk), to);
+                    let from = from.add(i * chunk * CHUNK_BYTES + panel * strips.strip);
+                    self.multiply.pack_strip_rows(strips, from, chunk.min(job.keys() - i * chunk), to);
                 }
                 return;
             }
@@ -302,19 +324,14 @@ impl<M: Multiply> Head<'_, M> {
     unsafe fn attend(&self, s: M::S, queries: Range<usize>) {
         let Self { multiply, job, scratch, ref at, .. } = *self;
         let (shape, (dim_chunks, key_chunks)) = (M::SHAPE, self.chunks());
-        let (rows, block) = (queries.len(), M::QUERIES * shape.cols);
+        let (rows, block, tile_bytes) = (queries.len(), M::QUERIES * shape.cols, shape.tile * CHUNK_BYTES);
         // SAFETY: the caller's
         unsafe {
             let (q, weights) = (scratch.add(at.queries), scratch.add(at.weights));
             let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
             let row = scratch.add(at.rows).cast::<f32>();
-            let halves = self.halves(job.q, 0);
-            for i in 0..rows {
-                if let Some((from, stride)) = halves {
-                    let from = from.add((queries.start + i) * stride);
-                    self.tiled(at.queries, dim_chunks, at.queries_low, i).copy_halves(s, from, job.dim);
-                    continue;
-                }
+            let strips = self.strips(job.q, queries.start);
+            for i in 0..if strips.is_some() { 0 } else { rows } {
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
                 self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
                 let to = self.tiled(at.queries, dim_chunks, at.queries_low, i);
@@ -329,7 +346,13 @@ impl<M: Multiply> Head<'_, M> {
             for panel in 0..job.keys().div_ceil(shape.cols) {
                 let b = scratch.add(at.keys + panel * Self::panel(dim_chunks));
                 let c = scores.add(panel * block);
-                multiply.product(&product::<M>(q, dim_chunks, at.queries_low, rows, b, c));
+                let product = product::<M>(q, dim_chunks, at.queries_low, rows, b, c);
+                multiply.product(&match strips {
+                    None => product,
+                    Some((strips, a)) => {
+                        Product { a, a_tile: tile_bytes, a_chunk: strips.strip, a_low: strips.plane, ..product }
+                    }
+                });
             }
             let mut inverse = [0f32; 64];
             let mut first = 0;
@@ -345,7 +368,7 @@ impl<M: Multiply> Head<'_, M> {
                 let c = sums.add(panel * block);
                 multiply.product(&product::<M>(weights, key_chunks, at.weights_low, rows, b, c));
                 let width = shape.cols.min(job.dim - panel * shape.cols);
-                if let (To::Acts(acts), true) = (job.to, M::HALVES && job.dim.is_multiple_of(shape.cols)) {
+                if let (To::Acts(acts), true) = (job.to, M::STRIPS && job.dim.is_multiple_of(shape.cols)) {
                     for (i, &inverse) in inverse.iter().enumerate().take(rows) {
                         let (row, inverse) = (c.add(i * shape.cols), s.splat(inverse));
                         let to = acts.row_of(shape.tile, self.image * job.queries + queries.start + i);
@@ -406,8 +429,8 @@ impl<M: Multiply> Head<'_, M> {
         let scale = std::f32::consts::LOG2_E / (job.dim as f32).sqrt();
         // SAFETY: the caller's; a panel is whole vectors
         unsafe {
-            if let Some((from, stride)) = self.halves(job.q, query + first) {
-                (0..N).for_each(|row| self.fetch_next(s, from.add(row * stride)));
+            if let Some((strips, from)) = self.strips(job.q, query + first) {
+                (0..N).for_each(|row| self.fetch_next(s, strips, from.add(row * CHUNK_BYTES)));
             }
             let scores = scratch.add(at.scores).cast::<f32>().add(first * shape.cols);
             let score = |row: usize, key: usize| s.load(scores.add(row * shape.cols + place(key)));
@@ -460,6 +483,7 @@ fn product<M: Multiply>(
     b: *const u8,
     c: *mut f32,
 ) -> Product<'static> {
-    let a_tile = M::SHAPE.tile * chunks * 64;
-    Product { a, a_tile, a_low, rows, b, chunks, c, accumulate: false, next: std::ptr::null(), follow: None }
+    let a_chunk = M::SHAPE.tile * CHUNK_BYTES;
+    let a_tile = chunks * a_chunk;
+    Product { a, a_tile, a_chunk, a_low, rows, b, chunks, c, accumulate: false, next: std::ptr::null(), follow: None }
 }

@@ -7,7 +7,7 @@ use super::kernel::{Kernel, block_shape};
 use super::linear::{self, Add, To};
 use super::net::{Block, Net};
 use super::norm::{NormRows, NormTo};
-use super::pack::{Acts, Halves, Linear, Rows};
+use super::pack::{Acts, Linear, Rows};
 use super::threads::{Pool, Worker};
 use super::{Isa, Precision, attention, choose};
 use crate::{Activation, Config, Dtype, Error, Result, TensorInfo, Weights, load};
@@ -85,14 +85,8 @@ impl Steps {
         };
         let x = Rows::new(room(Rows::bytes(rows, dim)), dim);
         let a = Acts::new(room(Acts::bytes(shape, rows, dim)), shape, rows, dim);
-        let qkv = room(Rows::bytes(rows, 3 * dim));
-        let qkv = if kernel.halves() {
-            let halves = Halves::new(qkv, 3 * dim);
-            (To::Halves(halves), attention::From::Halves(halves))
-        } else {
-            let rows = Rows::new(qkv, 3 * dim);
-            (To::Rows(rows, Add::Nothing), attention::From::Rows(rows))
-        };
+        let qkv = room(attention::between_bytes(&*kernel, rows, dim));
+        let qkv = attention::between(&*kernel, qkv, rows, [dim, config.head_dim()], true);
         let h = Acts::new(room(Acts::bytes(shape, rows, hidden)), shape, rows, hidden);
         let whole = block_shape(&*kernel);
         let bytes = [dim, hidden].map(|width| Acts::new(room(Acts::bytes(whole, rows, width)), whole, rows, width));

@@ -3,7 +3,7 @@
 use super::attention;
 use super::linear::{self, Multiply};
 use super::norm::NormRows;
-use super::pack::{Acts, Rows, Shape};
+use super::pack::{Acts, Elements, Rows, Shape};
 use super::simd::{Op, Simd};
 
 /// What the engine asks of a kernel. One unit of a job is one call; units run on any thread, in any order.
@@ -18,8 +18,8 @@ pub(crate) trait Kernel: Send + Sync {
     fn linear_scratch(&self) -> usize;
     /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
-    /// Whether attention rounds what it reads to bf16.
-    fn halves(&self) -> bool;
+    /// The elements of the strips that attention reads where heads are whole strips, if it reads such.
+    fn strips(&self) -> Option<Elements>;
     /// Prepares a thread for a pass; the answer undoes it when dropped.
     fn enter(&self) -> Option<Entered>;
     /// Independent parts of a linear job.
@@ -66,8 +66,8 @@ impl<M: Multiply> Kernel for M {
         attention::scratch_bytes::<M::Attention>(keys, dim)
     }
 
-    fn halves(&self) -> bool {
-        M::Attention::HALVES
+    fn strips(&self) -> Option<Elements> {
+        M::Attention::STRIPS.then_some(M::Attention::SHAPE.elements)
     }
 
     fn enter(&self) -> Option<Entered> {

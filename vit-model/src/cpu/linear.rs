@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::kernel::Entered;
-use super::pack::{Acts, CHUNK_BYTES, Elements, Halves, Linear, Product, Rows, Shape, pack_panel};
+use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape, Strips, pack_panel};
 use super::simd::{Op, Simd, gelu_for_bf16, gelu_tanh, quick_gelu, relu, silu};
 use crate::Activation;
 
@@ -21,8 +21,8 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
     /// Queries that attention takes at once.
     const QUERIES: usize;
-    /// Whether attention rounds what it reads to bf16, so that it may be written so.
-    const HALVES: bool = false;
+    /// Whether attention reads [`Strips`], whose rows are those of a tile and whose columns those of a panel.
+    const STRIPS: bool = false;
     /// Whether the product calls what follows it, between its own steps: where it runs in a unit of its own, the vector
     /// unit would otherwise wait meanwhile.
     const FOLLOWS: bool = false;
@@ -58,29 +58,22 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
         unsafe { pack_panel(Self::SHAPE, from, stride, Self::SHAPE.cols, chunks, to) }
     }
 
-    /// As [`pack_columns`](Self::pack_columns), from rows of bf16; columns from `columns` on are zero. Of kernels that say
-    /// [`HALVES`](Self::HALVES).
+    /// As [`pack_columns`](Self::pack_columns), from `rows` rows of strips that begin at `from`; the columns behind are
+    /// zero. Of kernels that read [`STRIPS`](Self::STRIPS).
     ///
     /// # Safety
-    /// `from` is valid for reading `columns` rows of `chunks` chunks; otherwise as for `pack_columns`.
+    /// `from` is valid for reading `rows` rows of `chunks` strips, and of as many planes; otherwise as for `pack_columns`.
     #[inline(always)]
-    unsafe fn pack_half_columns(
-        self,
-        _from: *const u16,
-        _stride: usize,
-        _columns: usize,
-        _chunks: usize,
-        _to: *mut u8,
-    ) {
+    unsafe fn pack_strip_columns(self, _: Strips, _from: *const u8, _rows: usize, _chunks: usize, _to: *mut u8) {
         unreachable!("this kernel's attention reads f32")
     }
 
-    /// As [`pack_rows`](Self::pack_rows), from rows of bf16. Of kernels that say [`HALVES`](Self::HALVES).
+    /// As [`pack_rows`](Self::pack_rows), from `rows` rows of a strip. Of kernels that read [`STRIPS`](Self::STRIPS).
     ///
     /// # Safety
-    /// As for `pack_rows`.
+    /// `from` is valid for reading `rows` rows, and of as many planes; otherwise as for `pack_rows`.
     #[inline(always)]
-    unsafe fn pack_half_rows(self, _from: *const u16, _stride: usize, _rows: usize, _to: *mut u8) {
+    unsafe fn pack_strip_rows(self, _: Strips, _from: *const u8, _rows: usize, _to: *mut u8) {
         unreachable!("this kernel's attention reads f32")
     }
 
@@ -216,8 +209,8 @@ pub(crate) enum Add {
 pub(crate) enum To {
     /// To f32 rows.
     Rows(Rows, Add),
-    /// To rows of bf16, for attention.
-    Halves(Halves),
+    /// To strips, for attention.
+    Strips(Strips),
     /// To tiles, for the next product.
     Acts(Acts),
 }
@@ -357,6 +350,7 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
                     let product = Product {
                         a,
                         a_tile,
+                        a_chunk: shape.tile * CHUNK_BYTES,
                         a_low,
                         rows,
                         b,
@@ -492,11 +486,11 @@ impl<M: Multiply> Finish<'_, M> {
                         }
                     }
                 }
-                To::Halves(halves) => {
+                To::Strips(strips) => {
                     for i in rows {
-                        let to = halves.row(row + i).add(first);
-                        for j in (0..width).step_by(lanes) {
-                            s.store_bf16(to.add(j), values.at::<A>(s, i, j));
+                        let to = strips.row(row + i, first);
+                        for j in (0..width).step_by(2 * lanes) {
+                            to.put_pair(s, j, values.at::<A>(s, i, j), values.at::<A>(s, i, j + lanes));
                         }
                     }
                 }

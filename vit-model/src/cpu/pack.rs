@@ -83,6 +83,9 @@ pub(crate) struct Product<'a> {
     pub(crate) a: *const u8,
     /// Bytes from a tile to the next.
     pub(crate) a_tile: usize,
+    /// Bytes from a chunk of a tile to the next, where it is not the chunk itself: of kernels that say that they read
+    /// [`STRIPS`](super::linear::Multiply::STRIPS).
+    pub(crate) a_chunk: usize,
     /// Bytes from the values to what the rounding left over.
     pub(crate) a_low: usize,
     pub(crate) rows: usize,
@@ -266,15 +269,6 @@ impl ActsRow {
         }
     }
 
-    /// Copies values in bf16, a multiple of two vectors.
-    #[inline(always)]
-    pub(crate) unsafe fn copy_halves<S: Simd>(&self, s: S, from: *const u16, len: usize) {
-        for column in (0..len).step_by(2 * S::LANES) {
-            // SAFETY: the caller's; two vectors of bf16 are as many bytes as one of f32
-            unsafe { s.store(self.at(column).cast(), s.load(from.add(column).cast())) };
-        }
-    }
-
     /// Writes a run of values that begins at any column.
     #[inline(always)]
     pub(crate) unsafe fn put_run<S: Simd>(&self, s: S, column: usize, values: &[f32]) {
@@ -347,29 +341,48 @@ impl Rows {
     }
 }
 
-/// Rows of bf16, one after the other, each with room for whole panels.
+/// Queries, keys and values as attention in tiles reads them, `[plane][strip of 32 columns][row][64 bytes]`: sixteen rows
+/// of a strip are a tile wherever they begin, and what a panel of a product writes follows without a gap.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Halves {
-    start: *mut u16,
-    /// Values from a row to the next.
-    pub(crate) stride: usize,
+pub(crate) struct Strips {
+    start: *mut u8,
+    elements: Elements,
+    /// Bytes from a strip to the next.
+    pub(crate) strip: usize,
+    /// Bytes from the values to what the rounding left over.
+    pub(crate) plane: usize,
 }
 
 // SAFETY: as for `Acts`
-unsafe impl Send for Halves {}
+unsafe impl Send for Strips {}
 // SAFETY: as for `Acts`
-unsafe impl Sync for Halves {}
+unsafe impl Sync for Strips {}
 
-impl Halves {
-    /// A view of memory for [`Rows`] of as many columns.
-    pub(crate) fn new(start: *mut u8, columns: usize) -> Self {
-        Self { start: start.cast(), stride: columns.next_multiple_of(64) + 32 }
+impl Strips {
+    /// Columns of a strip.
+    pub(crate) const COLS: usize = 32;
+
+    /// Bytes for `rows` rows of `columns` columns, whole strips; the last tile may begin at the last row.
+    pub(crate) fn bytes(elements: Elements, rows: usize, columns: usize) -> usize {
+        (elements.planes() * (columns / Self::COLS) * rows + 16) * CHUNK_BYTES
     }
 
-    /// Where a row begins; valid while the memory is alive and the row is inside.
+    /// A view of memory of [`bytes`](Self::bytes) bytes.
+    pub(crate) fn new(start: *mut u8, elements: Elements, rows: usize, columns: usize) -> Self {
+        let strip = rows * CHUNK_BYTES;
+        Self { start, elements, strip, plane: columns / Self::COLS * strip }
+    }
+
+    /// Where a row begins in the strip of a column, a multiple of [`COLS`](Self::COLS).
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize) -> *mut u16 {
-        self.start.wrapping_add(row * self.stride)
+    pub(crate) fn at(&self, row: usize, column: usize) -> *mut u8 {
+        self.start.wrapping_add(column / Self::COLS * self.strip + row * CHUNK_BYTES)
+    }
+
+    /// The columns of a row from a strip's first on, to be written.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize, column: usize) -> ActsRow {
+        ActsRow { start: self.at(row, column), step: self.strip, plane: self.plane, elements: self.elements }
     }
 }
 

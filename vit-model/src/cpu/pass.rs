@@ -5,7 +5,7 @@ use super::kernel::{CopyRows, Integers, Kernel, Patches, block_shape};
 use super::linear::{self, Add, To};
 use super::net::{AttnPool, Block, Mlp, Net};
 use super::norm::{Norm, NormRows, NormTo};
-use super::pack::{Acts, Halves, Linear, Rows};
+use super::pack::{Acts, Linear, Rows};
 use super::threads::Worker;
 use super::{Answers, Engine, attention};
 use crate::{Activation, Config, Pool};
@@ -62,7 +62,7 @@ impl Layout {
             embedded: take(config.patch_norm, Rows::bytes(patches, dim)),
             x: take(true, Rows::bytes(rows, dim)),
             a: take(true, Acts::bytes(shape, rows, dim)),
-            qkv: take(true, Rows::bytes(rows, 3 * dim)),
+            qkv: take(true, attention::between_bytes(kernel, rows, dim)),
             wide: take(wide > 0, Rows::bytes(rows, wide)),
             h: take(true, Acts::bytes(shape, rows, hidden)),
             bytes: take(kernel.integers().is_some(), Acts::bytes(block_shape(kernel), rows, dim.max(hidden))),
@@ -125,8 +125,8 @@ pub(super) struct Pass<'a> {
     x: Rows,
     a: Acts,
     qkv: Rows,
-    /// The same memory, in bf16.
-    qkv_halves: Halves,
+    /// The same memory, as a block's linear layer writes it and its attention reads it.
+    between: (To, attention::From),
     wide: Rows,
     h: Acts,
     /// What a linear layer in integers reads, whichever it is.
@@ -175,7 +175,7 @@ impl<'a> Pass<'a> {
             x: Rows::new(at(layout.x), dim),
             a: Acts::new(at(layout.a), shape, rows, dim),
             qkv: Rows::new(at(layout.qkv), 3 * dim),
-            qkv_halves: Halves::new(at(layout.qkv), 3 * dim),
+            between: attention::between(kernel, at(layout.qkv), rows, [dim, config.head_dim()], !config.qk_norm),
             wide: Rows::new(at(layout.wide), if config.scale_mlp_norm { hidden.max(dim) } else { dim }),
             h: Acts::new(at(layout.h), shape, rows, hidden),
             bytes: Acts::new(at(layout.bytes), block_shape(kernel), rows, dim.max(hidden)),
@@ -293,12 +293,7 @@ impl<'a> Pass<'a> {
     fn block(&self, worker: &Worker<'_>, block: &Block) {
         let (config, rows) = (self.config(), self.rows());
         let a = self.norm_for(worker, &block.qkv, &block.norm1, self.x, rows, self.a);
-        // a norm of queries and keys is to see them before they are rounded
-        let (to, from) = if self.kernel().halves() && block.qk_norm.is_none() {
-            (To::Halves(self.qkv_halves), attention::From::Halves(self.qkv_halves))
-        } else {
-            (To::Rows(self.qkv, Add::Nothing), attention::From::Rows(self.qkv))
-        };
+        let (to, from) = self.between;
         self.linear(worker, &block.qkv, a, rows, None, to);
         let job = attention::Job {
             q: (from, 0),

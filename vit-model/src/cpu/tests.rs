@@ -152,6 +152,8 @@ fn configs() -> Vec<(&'static str, Config)> {
         ("no pooling", Config { global_pool: Pool::None, num_classes: 5, ..b() }),
         ("no head, no positions", Config { num_classes: 0, pos_embed: false, ..b() }),
         ("one channel, one patch", Config { in_chans: 1, img_size: [6, 5], ..b() }),
+        // heads that are whole strips, of images that end inside a tile
+        ("heads of 64", Config { embed_dim: 128, num_heads: 2, img_size: [36, 45], ..b() }),
         ("many tokens", Config { img_size: [96, 105], embed_dim: 64, num_heads: 2, ..b() }),
     ]
 }

@@ -34,8 +34,8 @@ impl<F: Multiply, I: Multiply + Integers> Kernel for Mixed<F, I> {
         self.floats.attention_scratch(keys, dim)
     }
 
-    fn halves(&self) -> bool {
-        self.floats.halves()
+    fn strips(&self) -> Option<Elements> {
+        self.floats.strips()
     }
 
     fn enter(&self) -> Option<Entered> {
