@@ -177,9 +177,6 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
     }
 }
 
-/// Rows whose softmax is computed at once.
-const ROWS_BESIDE: usize = 4;
-
 struct Head<'a, M> {
     multiply: M,
     job: &'a Job<'a>,
@@ -356,12 +353,13 @@ impl<M: Multiply> Head<'_, M> {
             }
             let mut inverse = [0f32; 64];
             let mut first = 0;
-            while first + ROWS_BESIDE <= rows {
-                self.softmax::<ROWS_BESIDE>(s, queries.start, first, &mut inverse);
-                first += ROWS_BESIDE;
-            }
-            for i in first..rows {
-                self.softmax::<1>(s, queries.start, i, &mut inverse);
+            while first < rows {
+                // as many rows as take turns, and divide a block of queries evenly
+                first += match rows - first {
+                    4.. if M::QUERIES.is_multiple_of(4) => self.softmax::<4>(s, queries.start, first, &mut inverse),
+                    3.. => self.softmax::<3>(s, queries.start, first, &mut inverse),
+                    _ => self.softmax::<1>(s, queries.start, first, &mut inverse),
+                };
             }
             for panel in 0..job.dim.div_ceil(shape.cols) {
                 let b = scratch.add(at.values + panel * Self::panel(key_chunks));
@@ -416,11 +414,11 @@ impl<M: Multiply> Head<'_, M> {
         ActsRow::new(M::SHAPE, self.scratch.wrapping_add(start + i / tile * chunks * tile * 64), i % tile, low)
     }
 
-    /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums.
-    /// The rows take turns, as each is a chain of operations that wait for each other. The scores are not written to: a
+    /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums;
+    /// answers `N`. The rows take turns, as each is a chain of operations that wait for each other. The scores are not written to: a
     /// vector that was written in parts is read late.
     #[inline(always)]
-    unsafe fn softmax<const N: usize>(&self, s: M::S, query: usize, first: usize, inverse: &mut [f32; 64]) {
+    unsafe fn softmax<const N: usize>(&self, s: M::S, query: usize, first: usize, inverse: &mut [f32; 64]) -> usize {
         let Self { job, scratch, ref at, .. } = *self;
         let (keys, shape, lanes, (_, key_chunks)) = (job.keys(), M::SHAPE, M::S::LANES, self.chunks());
         let place = |key: usize| key / shape.cols * M::QUERIES * shape.cols + key % shape.cols;
@@ -471,6 +469,7 @@ impl<M: Multiply> Head<'_, M> {
                 inverse[first + row] = 1.0 / s.sum(sum);
             }
         }
+        N
     }
 }
 

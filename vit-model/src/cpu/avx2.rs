@@ -94,14 +94,10 @@ impl Simd for Avx2 {
         fma(a: __m256, b: __m256, c: __m256) -> _mm256_fmadd_ps(a, b, c);
         max(a: __m256, b: __m256) -> _mm256_max_ps(a, b);
         min(a: __m256, b: __m256) -> _mm256_min_ps(a, b);
-        abs(a: __m256) -> _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
         round(a: __m256) -> _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         scale(p: __m256, n: __m256) -> {
             let exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
             _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent))
-        };
-        if_positive(x: __m256, a: __m256, b: __m256) -> {
-            _mm256_blendv_ps(b, a, _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_setzero_ps()))
         };
     }
 

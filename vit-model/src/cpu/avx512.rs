@@ -184,7 +184,6 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         fma(a: __m512, b: __m512, c: __m512) -> _mm512_fmadd_ps(a, b, c);
         max(a: __m512, b: __m512) -> _mm512_max_ps(a, b);
         min(a: __m512, b: __m512) -> _mm512_min_ps(a, b);
-        abs(a: __m512) -> _mm512_abs_ps(a);
         // the smaller in size, with the sign of the first
         limit(a: __m512, most: __m512) -> _mm512_range_ps::<0b0010>(a, most);
         round(a: __m512) -> _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
@@ -210,9 +209,6 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
                 p = _mm512_fmadd_ps(p, u, _mm512_permutexvar_ps(piece, _mm512_loadu_ps(c.as_ptr())));
             }
             _mm512_fmadd_ps(size, p, _mm512_mul_ps(x, _mm512_set1_ps(0.5)))
-        };
-        if_positive(x: __m512, a: __m512, b: __m512) -> {
-            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_setzero_ps()), b, a)
         };
     }
 

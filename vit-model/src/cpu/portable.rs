@@ -129,11 +129,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn abs(self, a: Self::F) -> Self::F {
-        a.map(f32::abs)
-    }
-
-    #[inline(always)]
     fn round(self, a: Self::F) -> Self::F {
         // adding and taking away 1.5 · 2²³ leaves no fraction bits; |a| is far below 2²² here
         a.map(|a| (a + 12582912.0) - 12582912.0)
@@ -142,11 +137,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn scale(self, p: Self::F, n: Self::F) -> Self::F {
         lanes(|i| f32::from_bits(p[i].to_bits().wrapping_add(((n[i] as i32) << 23) as u32)))
-    }
-
-    #[inline(always)]
-    fn if_positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F {
-        lanes(|i| if x[i] >= 0.0 { a[i] } else { b[i] })
     }
 
     #[inline(always)]

@@ -90,7 +90,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     /// `b` where either is not a number.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
-    fn abs(self, a: Self::F) -> Self::F;
     /// `a`, but between `−most` and `most`; any of them for what is not a number.
     #[inline(always)]
     fn limit(self, a: Self::F, most: Self::F) -> Self::F {
@@ -110,8 +109,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn gelu(self, x: Self::F) -> Self::F {
         gelu(self, x)
     }
-    /// `a` where `x ≥ 0`, else `b`.
-    fn if_positive(self, x: Self::F, a: Self::F, b: Self::F) -> Self::F;
     /// The sum over the lanes, always in the same order.
     fn sum(self, a: Self::F) -> f32;
     /// The largest lane.
@@ -190,21 +187,21 @@ fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
     s.reciprocal(s.add(one, exp(s, s.sub(s.splat(0.0), x))))
 }
 
-/// `x/2 · (1 + erf(x/√2))`, from `erfc(z) = t · exp(−z² + P(t))`, `t = 1/(1 + z/2)`, whose error is relative, so that
-/// the negative tail is right too (Press et al., Numerical Recipes, §6.2).
+/// `x/2 · (1 + erf(x/√2))`, within 2e-7 of `x`. `Φ(x) − ½` is odd, so it is `x` times a function of `x²`: the quotient of two
+/// polynomials of degree 5 that is nearest on `|x| ≤ 5.5`, off by 8e-9 at most. Beyond, `Φ` is 0 or 1 in f32.
 #[inline(always)]
 pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
-    let one = s.splat(1.0);
-    let z = s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2));
-    let t = s.div(one, s.fma(z, s.splat(0.5), one));
-    let mut p = s.splat(0.17087277);
-    for c in
-        [-0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223]
-    {
-        p = s.fma(p, t, s.splat(c));
+    let near = s.limit(x, s.splat(5.5));
+    let square = s.mul(near, near);
+    let mut p = s.splat(2.27493121e-8);
+    for c in [6.3521332e-6, 1.68827299e-4, 4.67727057e-3, 3.38528016e-2, 3.98942235e-1] {
+        p = s.fma(p, square, s.splat(c));
     }
-    let half_erfc = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.fma(z, s.sub(s.splat(0.0), z), p)));
-    s.mul(x, s.if_positive(x, s.sub(one, half_erfc), half_erfc))
+    let mut q = s.splat(1.1975035e-6);
+    for c in [7.3648045e-5, 1.88445401e-3, 2.86459614e-2, 2.51522308e-1, 1.0] {
+        q = s.fma(q, square, s.splat(c));
+    }
+    s.fma(x, s.div(s.mul(near, p), q), s.mul(x, s.splat(0.5)))
 }
 
 /// [`gelu`] for what is rounded to bf16: within 1.2e-4, less than a tenth of what the rounding of results as large as
