@@ -529,13 +529,16 @@ pub(crate) mod emulated {
 
         unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
             for m in 0..TILE {
-                for k in 0..16 {
-                    let [a0, a1] = pair(self.0[A][m][k]);
-                    for n in 0..16 {
-                        let [b0, b1] = pair(self.0[B][k][n]);
-                        let c = f32::from_bits(self.0[C][m][n]);
-                        self.0[C][m][n] = (c + a0 * b0 + a1 * b1).to_bits();
+                for n in 0..16 {
+                    // products are exact in f32; even ones and odd ones are added up by themselves
+                    let (mut even, mut odd) = (0.0, 0.0);
+                    for k in 0..16 {
+                        let ([a0, a1], [b0, b1]) = (pair(self.0[A][m][k]), pair(self.0[B][k][n]));
+                        even += a0 * b0;
+                        odd += a1 * b1;
                     }
+                    let c = f32::from_bits(self.0[C][m][n]);
+                    self.0[C][m][n] = (c + (even + odd)).to_bits();
                 }
             }
         }
