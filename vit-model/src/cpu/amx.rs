@@ -258,12 +258,9 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                         let row = from.add(i * stride);
                         (*high, *low) = self.split(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)));
                     }
-                    transpose(&mut high);
-                    high.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+                    store_transposed(high, to);
                     if SPLIT {
-                        transpose(&mut low);
-                        let to = to.add(2 * BYTES);
-                        low.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+                        store_transposed(low, to.add(2 * BYTES));
                     }
                 }
             }
@@ -284,9 +281,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                             *column = _mm512_loadu_si512(from.add((tile * TILE + i) * STRIDE).cast());
                         }
                     }
-                    transpose(&mut columns);
-                    let to = to.add(((chunk * planes + plane) * 2 + tile) * BYTES);
-                    columns.iter().enumerate().for_each(|(i, &x)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), x));
+                    store_transposed(columns, to.add(((chunk * planes + plane) * 2 + tile) * BYTES));
                 }
             }
         }
@@ -297,20 +292,18 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
         // SAFETY: the caller's; `self` proves the features
         unsafe {
             let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
-            let to_one = |plane: usize, pair: usize, x: __m512i, y: __m512i| {
-                let to = to.add(plane * 2 * BYTES + pair * STRIDE);
-                let left = _mm512_inserti64x4::<1>(x, _mm512_castsi512_si256(y));
-                let right = _mm512_shuffle_i64x2::<0xee>(x, y);
-                _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, left));
-                _mm512_storeu_si512(to.add(BYTES).cast(), _mm512_permutexvar_epi16(pairs, right));
-            };
             for plane in 0..Self::SHAPE.elements.planes() {
                 let row = |i: usize| {
                     let from = from.wrapping_add(plane * strips.plane + i * STRIDE);
                     if i < rows { _mm512_loadu_si512(from.cast()) } else { _mm512_setzero_si512() }
                 };
                 for pair in 0..TILE {
-                    to_one(plane, pair, row(2 * pair), row(2 * pair + 1));
+                    let (x, y) = (row(2 * pair), row(2 * pair + 1));
+                    let left = _mm512_inserti64x4::<1>(x, _mm512_castsi512_si256(y));
+                    let right = _mm512_shuffle_i64x2::<0xee>(x, y);
+                    let to = to.add(plane * 2 * BYTES + pair * STRIDE);
+                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, left));
+                    _mm512_storeu_si512(to.add(BYTES).cast(), _mm512_permutexvar_epi16(pairs, right));
                 }
             }
         }
@@ -335,6 +328,19 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                 }
             }
         }
+    }
+}
+
+/// The transpose of a tile's rows, to a tile.
+///
+/// # Safety
+/// The CPU has AVX-512 F; `to` is valid for writing a tile.
+#[inline(always)]
+unsafe fn store_transposed(mut rows: [__m512i; TILE], to: *mut u8) {
+    // SAFETY: the caller's
+    unsafe {
+        transpose(&mut rows);
+        rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), row));
     }
 }
 

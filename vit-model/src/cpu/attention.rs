@@ -316,40 +316,49 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
-    /// `softmax(q Kᵀ / √d) V` for a block of queries.
+    /// A block of queries in tiles.
     #[inline(always)]
-    unsafe fn attend(&self, s: M::S, queries: Range<usize>) {
-        let Self { multiply, job, scratch, ref at, .. } = *self;
-        let (shape, (dim_chunks, key_chunks)) = (M::SHAPE, self.chunks());
-        let (rows, block, tile_bytes) = (queries.len(), M::QUERIES * shape.cols, shape.tile * CHUNK_BYTES);
+    unsafe fn pack_queries(&self, s: M::S, queries: Range<usize>) {
+        let (job, at, chunks) = (self.job, &self.at, self.chunks().0);
+        let width = chunks * M::SHAPE.elements.chunk();
         // SAFETY: the caller's
         unsafe {
-            let (q, weights) = (scratch.add(at.queries), scratch.add(at.weights));
-            let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
-            let row = scratch.add(at.rows).cast::<f32>();
-            let strips = self.strips(job.q, queries.start);
-            for i in 0..if strips.is_some() { 0 } else { rows } {
+            let row = self.scratch.add(at.rows).cast::<f32>();
+            for i in 0..queries.len() {
                 let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
                 self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
-                let to = self.tiled(at.queries, dim_chunks, at.queries_low, i);
-                for column in (0..dim_chunks * shape.elements.chunk()).step_by(2 * M::S::LANES) {
-                    if column + M::S::LANES < dim_chunks * shape.elements.chunk() {
+                let to = self.tiled(at.queries, chunks, at.queries_low, i);
+                for column in (0..width).step_by(2 * M::S::LANES) {
+                    if column + M::S::LANES < width {
                         to.put_pair(s, column, s.load(row.add(column)), s.load(row.add(column + M::S::LANES)));
                     } else {
                         to.put(s, column, s.load(row.add(column)));
                     }
                 }
             }
+        }
+    }
+
+    /// `softmax(q Kᵀ / √d) V` for a block of queries.
+    #[inline(always)]
+    unsafe fn attend(&self, s: M::S, queries: Range<usize>) {
+        let Self { multiply, job, scratch, ref at, .. } = *self;
+        let (shape, (dim_chunks, key_chunks)) = (M::SHAPE, self.chunks());
+        let (rows, block) = (queries.len(), M::QUERIES * shape.cols);
+        // SAFETY: the caller's
+        unsafe {
+            let weights = scratch.add(at.weights);
+            let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
+            let left = if let Some((strips, a)) = self.strips(job.q, queries.start) {
+                let (a_tile, a_chunk) = (shape.tile * CHUNK_BYTES, strips.strip);
+                Product { a_tile, a_chunk, ..product::<M>(a, dim_chunks, strips.plane, rows) }
+            } else {
+                self.pack_queries(s, queries.clone());
+                product::<M>(scratch.add(at.queries), dim_chunks, at.queries_low, rows)
+            };
             for panel in 0..job.keys().div_ceil(shape.cols) {
                 let b = scratch.add(at.keys + panel * Self::panel(dim_chunks));
-                let c = scores.add(panel * block);
-                let product = product::<M>(q, dim_chunks, at.queries_low, rows, b, c);
-                multiply.product(&match strips {
-                    None => product,
-                    Some((strips, a)) => {
-                        Product { a, a_tile: tile_bytes, a_chunk: strips.strip, a_low: strips.plane, ..product }
-                    }
-                });
+                multiply.product(&Product { b, c: scores.add(panel * block), ..left });
             }
             let mut inverse = [0f32; 64];
             let mut first = 0;
@@ -364,7 +373,7 @@ impl<M: Multiply> Head<'_, M> {
             for panel in 0..job.dim.div_ceil(shape.cols) {
                 let b = scratch.add(at.values + panel * Self::panel(key_chunks));
                 let c = sums.add(panel * block);
-                multiply.product(&product::<M>(weights, key_chunks, at.weights_low, rows, b, c));
+                multiply.product(&Product { b, c, ..product::<M>(weights, key_chunks, at.weights_low, rows) });
                 let width = shape.cols.min(job.dim - panel * shape.cols);
                 if let (To::Acts(acts), true) = (job.to, M::STRIPS && job.dim.is_multiple_of(shape.cols)) {
                     for (i, &inverse) in inverse.iter().enumerate().take(rows) {
@@ -411,12 +420,12 @@ impl<M: Multiply> Head<'_, M> {
     #[inline(always)]
     fn tiled(&self, start: usize, chunks: usize, low: usize, i: usize) -> ActsRow {
         let tile = M::SHAPE.tile;
-        ActsRow::new(M::SHAPE, self.scratch.wrapping_add(start + i / tile * chunks * tile * 64), i % tile, low)
+        ActsRow::new(M::SHAPE, self.scratch.wrapping_add(start + i / tile * chunks * tile * CHUNK_BYTES), i % tile, low)
     }
 
     /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums;
-    /// answers `N`. The rows take turns, as each is a chain of operations that wait for each other. The scores are not written to: a
-    /// vector that was written in parts is read late.
+    /// answers `N`. The rows take turns, as each is a chain of operations that wait for each other. The scores are not
+    /// written to: a vector that was written in parts is read late.
     #[inline(always)]
     unsafe fn softmax<const N: usize>(&self, s: M::S, query: usize, first: usize, inverse: &mut [f32; 64]) -> usize {
         let Self { job, scratch, ref at, .. } = *self;
@@ -473,16 +482,20 @@ impl<M: Multiply> Head<'_, M> {
     }
 }
 
-/// A product of tiles and a panel that both lie in scratch.
-fn product<M: Multiply>(
-    a: *const u8,
-    chunks: usize,
-    a_low: usize,
-    rows: usize,
-    b: *const u8,
-    c: *mut f32,
-) -> Product<'static> {
+/// A product of tiles in scratch; its panel and where it goes are still to be said.
+fn product<M: Multiply>(a: *const u8, chunks: usize, a_low: usize, rows: usize) -> Product<'static> {
     let a_chunk = M::SHAPE.tile * CHUNK_BYTES;
-    let a_tile = chunks * a_chunk;
-    Product { a, a_tile, a_chunk, a_low, rows, b, chunks, c, accumulate: false, next: std::ptr::null(), follow: None }
+    Product {
+        a,
+        a_tile: chunks * a_chunk,
+        a_chunk,
+        a_low,
+        rows,
+        b: std::ptr::null(),
+        chunks,
+        c: std::ptr::null_mut(),
+        accumulate: false,
+        next: std::ptr::null(),
+        follow: None,
+    }
 }

@@ -146,10 +146,8 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let r = s.fma(n, s.splat(-0.693359375), x);
     let r = s.fma(n, s.splat(2.12194440e-4), r);
     // the minimax polynomial of Cephes' expf on |r| ≤ ln 2 / 2
-    let mut p = s.splat(1.9875691500e-4);
-    for c in [1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1] {
-        p = s.fma(p, r, s.splat(c));
-    }
+    let lower = [1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1];
+    let p = polynomial(s, r, 1.9875691500e-4, lower);
     let p = s.add(s.fma(s.mul(p, r), r, r), s.splat(1.0));
     s.scale(p, n)
 }
@@ -167,17 +165,22 @@ pub(crate) fn exp2_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
     exp2_by(s, x, 0.05517166907, [0.2426111222, 0.6932609855, 0.9999280735])
 }
 
+/// A polynomial by Horner's scheme, the highest power first.
+#[inline(always)]
+fn polynomial<S: Simd, const N: usize>(s: S, x: S::F, highest: f32, lower: [f32; N]) -> S::F {
+    let mut p = s.splat(highest);
+    for c in lower {
+        p = s.fma(p, x, s.splat(c));
+    }
+    p
+}
+
 /// `2ˣ` by a polynomial for `|x| ≤ 1/2`, the highest power first.
 #[inline(always)]
 fn exp2_by<S: Simd, const N: usize>(s: S, x: S::F, highest: f32, lower: [f32; N]) -> S::F {
     let x = s.max(s.splat(-126.0), x);
     let n = s.round(x);
-    let r = s.sub(x, n);
-    let mut p = s.splat(highest);
-    for c in lower {
-        p = s.fma(p, r, s.splat(c));
-    }
-    s.scale(p, n)
+    s.scale(polynomial(s, s.sub(x, n), highest, lower), n)
 }
 
 /// `1 / (1 + e⁻ˣ)`
@@ -193,14 +196,9 @@ fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
 pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     let near = s.limit(x, s.splat(5.5));
     let square = s.mul(near, near);
-    let mut p = s.splat(2.27493121e-8);
-    for c in [6.3521332e-6, 1.68827299e-4, 4.67727057e-3, 3.38528016e-2, 3.98942235e-1] {
-        p = s.fma(p, square, s.splat(c));
-    }
-    let mut q = s.splat(1.1975035e-6);
-    for c in [7.3648045e-5, 1.88445401e-3, 2.86459614e-2, 2.51522308e-1, 1.0] {
-        q = s.fma(q, square, s.splat(c));
-    }
+    let lower = [6.3521332e-6, 1.68827299e-4, 4.67727057e-3, 3.38528016e-2, 3.98942235e-1];
+    let p = polynomial(s, square, 2.27493121e-8, lower);
+    let q = polynomial(s, square, 1.1975035e-6, [7.3648045e-5, 1.88445401e-3, 2.86459614e-2, 2.51522308e-1, 1.0]);
     s.fma(x, s.div(s.mul(near, p), q), s.mul(x, s.splat(0.5)))
 }
 
@@ -211,8 +209,7 @@ pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
 pub(crate) fn gelu_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
     let near = s.limit(x, s.splat(4.25));
     let square = s.mul(near, near);
-    let mut p = s.splat(-7.985266892e-10);
-    for c in [
+    let lower = [
         7.218663711e-8,
         -2.832573955e-6,
         6.385621236e-5,
@@ -220,9 +217,8 @@ pub(crate) fn gelu_for_bf16<S: Simd>(s: S, x: S::F) -> S::F {
         9.189257398e-3,
         -6.529832631e-2,
         3.982994854e-1,
-    ] {
-        p = s.fma(p, square, s.splat(c));
-    }
+    ];
+    let p = polynomial(s, square, -7.985266892e-10, lower);
     s.mul(x, s.fma(near, p, s.splat(0.5)))
 }
 

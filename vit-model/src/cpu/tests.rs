@@ -190,13 +190,11 @@ fn error(found: &[f32], expected: &[f64]) -> f64 {
     worst / largest.max(1e-30)
 }
 
-/// Whether to emulate AMX where there is one: a sanitizer sees what plain Rust reads and writes, but not what a tile does.
-const EMULATE: &str = "VIT_TEST_EMULATE_AMX";
-
-/// The kernel to test; AMX in emulation, where there is AVX-512 for the rest but no AMX.
+/// The kernel to test; AMX in emulation, where there is AVX-512 for the rest but no AMX, or where it is asked for: a
+/// sanitizer sees what plain Rust reads and writes, but not what a tile does.
 fn kernel(isa: Isa, precision: Precision) -> (Box<dyn Kernel>, Isa, Precision) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if isa == Isa::Amx && (!isa.available() || std::env::var_os(EMULATE).is_some()) {
+    if isa == Isa::Amx && (!isa.available() || std::env::var_os("VIT_TEST_EMULATE_AMX").is_some()) {
         use amx::{Tiled, emulated::Emulated};
         let avx512 = avx512::Dot::detect().unwrap();
         return match precision {
