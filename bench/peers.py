@@ -31,7 +31,6 @@ import tempfile
 import time
 
 INPUTS = 4  # take turns, so that no call finds its own in the cache
-BLOCK = ("<!-- speed: written by bench/peers.py -->", "<!-- /speed -->")
 
 
 def arguments():
@@ -53,7 +52,8 @@ def arguments():
     p.add_argument("--no-cold", action="store_true", help="leave the cold start out")
     p.add_argument("--folder", help="keep the model's files here, and use them again")
     p.add_argument("--markdown", action="store_true", help="print the README's tables")
-    p.add_argument("--readme", help=f"write them into this file, between `{BLOCK[0]}` and `{BLOCK[1]}`")
+    p.add_argument("--readme", help="write them into this file, between `<!-- BLOCK: written by bench/peers.py -->` and `<!-- /BLOCK -->`")
+    p.add_argument("--block", default="speed", help="the name of that block (default: speed)")
     p.add_argument("--json", help="write every time here")
     return p.parse_args()
 
@@ -434,16 +434,16 @@ def main():
         text += [f"{A.model}, {A.threads} threads, {cpu()}; {rounds} rounds of {A.iters} calls, interleaved; medians.", "",
                  *lines(*speed_table(speeds, markdown), markdown), ""]
     if colds:
-        text += [f"Process start to the printed answer for one image, weights of {megabytes:.0f} MB in the page cache (vit-cli's "
+        where = "" if speeds else f", {A.threads} threads, {cpu()}"
+        text += [f"Process start to the printed answer for one image, weights of {megabytes:.0f} MB in the page cache{where} (vit-cli's "
                  "time includes decoding a JPEG; the others read the tensor):", "",
                  *lines(*cold_table(reference, colds), markdown), ""]
     text += [f"Versions: {versions()}."]
     print("\n".join(text))
     if A.readme:
-        readme = pathlib.Path(A.readme)
-        before, rest = readme.read_text().split(BLOCK[0])
-        after = rest.split(BLOCK[1])[1]
-        readme.write_text("\n".join([before + BLOCK[0], *text, BLOCK[1] + after]))
+        readme, first, last = pathlib.Path(A.readme), f"<!-- {A.block}: written by bench/peers.py -->", f"<!-- /{A.block} -->"
+        before, rest = readme.read_text().split(first)
+        readme.write_text("\n".join([before + first, *text, last + rest.split(last)[1]]))
     if A.json:
         record = {"model": A.model, "threads": A.threads, "cpu": cpu(), "versions": versions(), "speed": speeds, "cold": colds}
         pathlib.Path(A.json).write_text(json.dumps(record, indent=1))
