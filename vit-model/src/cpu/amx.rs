@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::avx512::{Dot, transpose};
+use super::avx512::{Dot, store_transposed};
 use super::kernel::Entered;
 use super::linear::{Blocking, Multiply};
 use super::pack::{Elements, Product, Shape, Strips};
@@ -246,25 +246,8 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        let chunk_bytes = COLS * Self::SHAPE.elements.column_bytes();
-        for chunk in 0..chunks {
-            for tile in 0..2 {
-                // SAFETY: the caller's; `self` proves the features
-                unsafe {
-                    let to = to.add(chunk * chunk_bytes + tile * BYTES);
-                    let from = from.add(tile * TILE * stride + chunk * 32);
-                    let (mut high, mut low) = ([_mm512_setzero_si512(); TILE], [_mm512_setzero_si512(); TILE]);
-                    for (i, (high, low)) in high.iter_mut().zip(&mut low).enumerate() {
-                        let row = from.add(i * stride);
-                        (*high, *low) = self.split(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)));
-                    }
-                    store_transposed(high, to);
-                    if SPLIT {
-                        store_transposed(low, to.add(2 * BYTES));
-                    }
-                }
-            }
-        }
+        // SAFETY: the caller's
+        unsafe { self.avx512.pack_pairs::<SPLIT>(from, stride, chunks, to) }
     }
 
     #[inline(always)]
@@ -319,7 +302,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                     let row = |i: usize| {
                         if i < rows { _mm512_loadu_ps(from.add(i * stride + tile * 16)) } else { _mm512_setzero_ps() }
                     };
-                    let (high, low) = self.split(row(2 * pair), row(2 * pair + 1));
+                    let (high, low) = self.avx512.split::<SPLIT>(row(2 * pair), row(2 * pair + 1));
                     let to = to.add(tile * BYTES + pair * STRIDE);
                     _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, high));
                     if SPLIT {
@@ -328,19 +311,6 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
                 }
             }
         }
-    }
-}
-
-/// The transpose of a tile's rows, to a tile.
-///
-/// # Safety
-/// The CPU has AVX-512 F; `to` is valid for writing a tile.
-#[inline(always)]
-unsafe fn store_transposed(mut rows: [__m512i; TILE], to: *mut u8) {
-    // SAFETY: the caller's
-    unsafe {
-        transpose(&mut rows);
-        rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i * STRIDE).cast(), row));
     }
 }
 
@@ -354,27 +324,6 @@ static PAIRS: [u16; 32] = {
     }
     pairs
 };
-
-impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
-    /// Two vectors as bf16, one behind the other, and (`SPLIT`) what the rounding left over.
-    ///
-    /// # Safety
-    /// Inlined where the features of [`Dot`] are switched on.
-    #[inline(always)]
-    unsafe fn split(self, x: __m512, y: __m512) -> (__m512i, __m512i) {
-        let high = self.avx512.pair(x, y);
-        if !SPLIT {
-            return (high, high);
-        }
-        // SAFETY: `self` proves the features
-        unsafe {
-            let wide = |half| _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-            let x = _mm512_sub_ps(x, wide(_mm512_castsi512_si256(high)));
-            let y = _mm512_sub_ps(y, wide(_mm512_extracti64x4_epi64(high, 1)));
-            (high, self.avx512.pair(x, y))
-        }
-    }
-}
 
 /// What follows the product, for rows that are complete, some of them a step: the vector unit works while the tiles do.
 struct Behind<'a> {

@@ -29,6 +29,34 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
     }
 }
 
+/// Eight rows of eight → its transpose.
+///
+/// # Safety
+/// Inlined where AVX2 is switched on.
+#[inline(always)]
+unsafe fn transpose(rows: &mut [__m256; 8]) {
+    // SAFETY: the caller's
+    unsafe {
+        let mut t = *rows;
+        // pairs of rows, then fours, then the halves of the registers
+        for i in (0..8).step_by(2) {
+            t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+            t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        for i in (0..8).step_by(4) {
+            rows[i] = _mm256_shuffle_ps::<0x44>(t[i], t[i + 2]);
+            rows[i + 1] = _mm256_shuffle_ps::<0xee>(t[i], t[i + 2]);
+            rows[i + 2] = _mm256_shuffle_ps::<0x44>(t[i + 1], t[i + 3]);
+            rows[i + 3] = _mm256_shuffle_ps::<0xee>(t[i + 1], t[i + 3]);
+        }
+        for i in 0..4 {
+            let (top, bottom) = (rows[i], rows[i + 4]);
+            rows[i] = _mm256_permute2f128_ps::<0x20>(top, bottom);
+            rows[i + 4] = _mm256_permute2f128_ps::<0x31>(top, bottom);
+        }
+    }
+}
+
 impl Simd for Avx2 {
     type F = __m256;
     const LANES: usize = 8;
@@ -52,6 +80,24 @@ impl Simd for Avx2 {
         let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5], whole: 6) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // of a chunk: both halves of its values, of either run of eight columns
+        for (chunk, run, half) in
+            (0..chunks).flat_map(|chunk| [(chunk, 0, 0), (chunk, 0, 1), (chunk, 1, 0), (chunk, 1, 1)])
+        {
+            // SAFETY: the caller's; `self` proves the features
+            unsafe {
+                let from = from.add(run * 8 * stride + chunk * 16 + half * 8);
+                let mut rows = [_mm256_setzero_ps(); 8];
+                rows.iter_mut().enumerate().for_each(|(i, row)| *row = _mm256_loadu_ps(from.add(i * stride)));
+                transpose(&mut rows);
+                let to = to.cast::<f32>().add(((chunk * 2 + run) * 2 + half) * 64);
+                rows.iter().enumerate().for_each(|(i, &row)| _mm256_storeu_ps(to.add(i * 8), row));
+            }
+        }
     }
 
     #[inline(always)]

@@ -39,6 +39,57 @@ impl<const DOT: bool> Avx512<DOT> {
     }
 }
 
+impl Dot {
+    /// Two vectors as bf16, one behind the other, and (`SPLIT`) what the rounding left over.
+    ///
+    /// # Safety
+    /// Inlined where the features are switched on.
+    #[inline(always)]
+    pub(crate) unsafe fn split<const SPLIT: bool>(self, x: __m512, y: __m512) -> (__m512i, __m512i) {
+        let high = self.pair(x, y);
+        if !SPLIT {
+            return (high, high);
+        }
+        // SAFETY: `self` proves the features
+        unsafe {
+            let wide = |half| _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+            let x = _mm512_sub_ps(x, wide(_mm512_castsi512_si256(high)));
+            let y = _mm512_sub_ps(y, wide(_mm512_extracti64x4_epi64(high, 1)));
+            (high, self.pair(x, y))
+        }
+    }
+
+    /// Packs a panel of two runs in bf16, or (`SPLIT`) in bf16 twice.
+    ///
+    /// # Safety
+    /// As for [`Multiply::pack_columns`]; inlined where the features are switched on.
+    #[inline(always)]
+    pub(crate) unsafe fn pack_pairs<const SPLIT: bool>(
+        self,
+        from: *const f32,
+        stride: usize,
+        chunks: usize,
+        to: *mut u8,
+    ) {
+        for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
+            // SAFETY: the caller's; `self` proves the features
+            unsafe {
+                let from = from.add(run * 16 * stride + chunk * 32);
+                let to = to.add((chunk * 2 * if SPLIT { 2 } else { 1 } + run) * 1024);
+                let (mut high, mut low) = ([_mm512_setzero_si512(); 16], [_mm512_setzero_si512(); 16]);
+                for (i, (high, low)) in high.iter_mut().zip(&mut low).enumerate() {
+                    let row = from.add(i * stride);
+                    (*high, *low) = self.split::<SPLIT>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)));
+                }
+                store_transposed(high, to);
+                if SPLIT {
+                    store_transposed(low, to.add(2 * 1024));
+                }
+            }
+        }
+    }
+}
+
 /// A register tile of `ROWS` rows.
 ///
 /// # Safety
@@ -52,12 +103,25 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
     }
 }
 
+/// 16 rows of 16 numbers of 32 bits → its transpose, in memory.
+///
+/// # Safety
+/// The CPU has AVX-512 F; `to` is valid for writing 1024 bytes.
+#[inline(always)]
+pub(crate) unsafe fn store_transposed(mut rows: [__m512i; 16], to: *mut u8) {
+    // SAFETY: the caller's
+    unsafe {
+        transpose(&mut rows);
+        rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i * 64).cast(), row));
+    }
+}
+
 /// 16 rows of 16 numbers of 32 bits → its transpose.
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
 #[inline(always)]
-pub(crate) unsafe fn transpose(rows: &mut [__m512i; 16]) {
+unsafe fn transpose(rows: &mut [__m512i; 16]) {
     // SAFETY: the caller's
     unsafe {
         let mut t = *rows;
@@ -122,9 +186,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
                 let from = from.add(run * 16 * stride + chunk * 16);
                 let mut rows = [_mm512_setzero_si512(); 16];
                 rows.iter_mut().enumerate().for_each(|(i, row)| *row = _mm512_loadu_si512(from.add(i * stride).cast()));
-                transpose(&mut rows);
-                let to = to.cast::<__m512i>().add((chunk * 2 + run) * 16);
-                rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i), row));
+                store_transposed(rows, to.add((chunk * 2 + run) * 1024));
             }
         }
     }
@@ -343,6 +405,12 @@ impl Multiply for Bf16 {
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { dot::<false>(product) }
     }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe { self.0.pack_pairs::<false>(from, stride, chunks, to) }
+    }
 }
 
 impl Multiply for Bf16x3 {
@@ -365,5 +433,11 @@ impl Multiply for Bf16x3 {
     unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { dot::<true>(product) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe { self.0.pack_pairs::<true>(from, stride, chunks, to) }
     }
 }

@@ -20,6 +20,12 @@ pub(crate) trait Kernel: Send + Sync {
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
     /// The elements of the strips that attention reads where heads are whole strips, if it reads such.
     fn strips(&self) -> Option<Elements>;
+    /// Packs a panel of weights of this shape, whose columns are rows of a matrix in f32.
+    ///
+    /// # Safety
+    /// `from` is valid for reading a panel's columns as rows of `stride` values, `chunks` chunks of each, `to` for
+    /// writing as many chunks of a panel.
+    unsafe fn pack(&self, shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8);
     /// Prepares a thread for a pass; the answer undoes it when dropped.
     fn enter(&self) -> Option<Entered>;
     /// Independent parts of a linear job.
@@ -68,6 +74,11 @@ impl<M: Multiply> Kernel for M {
 
     fn strips(&self) -> Option<Elements> {
         M::Attention::STRIPS.then_some(M::Attention::SHAPE.elements)
+    }
+
+    unsafe fn pack(&self, shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        debug_assert_eq!(shape, M::SHAPE);
+        self.simd().run(linear::Packing { multiply: *self, from, stride, chunks, to });
     }
 
     fn enter(&self) -> Option<Entered> {

@@ -47,7 +47,7 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
         unsafe { s.add(s.load(sum), s.load(bias)) }
     }
 
-    /// Packs a panel whose columns are rows of a matrix in f32: Kᵀ.
+    /// Packs a panel whose columns are rows of a matrix in f32: of weights, and Kᵀ.
     ///
     /// # Safety
     /// `from` is valid for reading a panel's columns as rows of `stride` values, `chunks` chunks of each, `to` for
@@ -55,7 +55,7 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
         // SAFETY: the caller's
-        unsafe { pack_panel(Self::SHAPE, from, stride, Self::SHAPE.cols, chunks, to) }
+        unsafe { pack_panel(Self::SHAPE, from, stride, chunks, to) }
     }
 
     /// As [`pack_columns`](Self::pack_columns), from `rows` rows of strips that begin at `from`; the columns behind are
@@ -166,6 +166,9 @@ impl<S: Simd> Multiply for F32<S> {
     }
 }
 
+/// The most columns of a panel.
+const WIDEST: usize = 64;
+
 /// Weights in bf16, widened as they come, which halves their memory where there is no dot product in bf16.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Widened<S>(pub(crate) S);
@@ -190,6 +193,22 @@ impl<S: Simd> Multiply for Widened<S> {
     unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: the caller's; `linear` has widened the panel
         unsafe { self.0.product(product) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        let mut wide = [0f32; 16 * WIDEST];
+        let wide = &mut wide[..16 * S::COLS];
+        for chunk in 0..chunks {
+            // SAFETY: the caller's; `wide` is a chunk of a panel in f32
+            unsafe {
+                self.0.pack_columns(from.add(chunk * 16), stride, 1, wide.as_mut_ptr().cast());
+                let to = to.cast::<u16>().add(chunk * wide.len());
+                for at in (0..wide.len()).step_by(S::LANES) {
+                    self.0.store_bf16(to.add(at), self.0.load(wide.as_ptr().add(at)));
+                }
+            }
+        }
     }
 }
 
@@ -293,6 +312,25 @@ impl Job<'_> {
 /// Bytes of scratch that a thread needs for any job.
 pub(crate) const fn scratch_bytes<M: Multiply>() -> usize {
     (M::BLOCKING.sums(M::SHAPE.tile) + 16 * M::DEPTH) * M::SHAPE.cols * size_of::<f32>()
+}
+
+/// A panel of weights to be packed, as [`Kernel::pack`](super::kernel::Kernel::pack) says.
+pub(crate) struct Packing<M> {
+    pub(crate) multiply: M,
+    pub(crate) from: *const f32,
+    pub(crate) stride: usize,
+    pub(crate) chunks: usize,
+    pub(crate) to: *mut u8,
+}
+
+impl<M: Multiply> Op<M::S> for Packing<M> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call(self, _: M::S) {
+        // SAFETY: as whoever made it has promised
+        unsafe { self.multiply.pack_columns(self.from, self.stride, self.chunks, self.to) }
+    }
 }
 
 /// One unit of a job.

@@ -85,6 +85,7 @@ impl Linears {
         sources: Vec<(Source, Shape)>,
         old: impl IntoIterator<Item = Linear>,
         weights: &dyn Weights,
+        kernel: &dyn Kernel,
         pool: &Pool,
     ) -> Result<Self> {
         let old = old.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
@@ -93,7 +94,7 @@ impl Linears {
             worker.each(sources.len(), |i| {
                 let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                 let (source, shape) = &sources[i];
-                slot.1 = Some(Linear::read(weights, source, *shape, slot.0.take()));
+                slot.1 = Some(Linear::read(weights, source, kernel, *shape, slot.0.take()));
             });
         });
         let packed =
@@ -125,7 +126,7 @@ impl Block {
         let shape = block_shape(kernel);
         let sources = range.clone().flat_map(|i| Self::sources(config, i)).map(|source| (source, shape)).collect();
         let old = into.into_iter().flat_map(|block| [block.qkv, block.proj, block.mlp.fc1, block.mlp.fc2]);
-        let mut linears = Linears::read(sources, old, weights, pool)?;
+        let mut linears = Linears::read(sources, old, weights, kernel, pool)?;
         range.map(|i| Self::take(config, weights, i, &mut linears)).collect()
     }
 
@@ -200,7 +201,7 @@ impl Net {
         let (shape, of_blocks) = (kernel.shape(), block_shape(kernel));
         let blocks = (0..config.depth).flat_map(|i| Block::sources(config, i)).map(|source| (source, of_blocks));
         let sources = Self::sources(config).into_iter().map(|source| (source, shape)).chain(blocks).collect();
-        let mut linears = Linears::read(sources, [], weights, pool)?;
+        let mut linears = Linears::read(sources, [], weights, kernel, pool)?;
         let blocks = (0..config.depth).map(|i| Block::take(config, weights, i, &mut linears)).collect::<Result<_>>()?;
         Ok(Self { blocks, ..Self::take(config, weights, &mut linears)? })
     }

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::int8;
+use super::kernel::Kernel;
 use super::simd::Simd;
 use crate::weights::widen;
 use crate::{Error, Result, Weights};
@@ -418,7 +419,13 @@ pub(crate) struct Source {
 
 impl Linear {
     /// Reads and packs, into the memory of another layer where that is of the same form.
-    pub(crate) fn read(weights: &dyn Weights, source: &Source, shape: Shape, into: Option<Self>) -> Result<Self> {
+    pub(crate) fn read(
+        weights: &dyn Weights,
+        source: &Source,
+        kernel: &dyn Kernel,
+        shape: Shape,
+        into: Option<Self>,
+    ) -> Result<Self> {
         let parts = 1 + usize::from(source.second.is_some());
         let names = || std::iter::once(&source.name).chain(&source.second);
         let rows = source.n / parts; // of each part
@@ -440,19 +447,22 @@ impl Linear {
             bias.iter_mut().zip(scale).for_each(|(b, s)| *b *= s);
         }
         let mut bytes = Vec::new(); // of one run of rows: it stays in the cache until they are packed
-        Self::pack(source, shape, &bias, into, |run, out, stride| {
+        Self::pack(source, kernel, shape, &bias, into, |run, out, stride| {
             let (read, dtype, name) = &matrix[run.start / rows];
             let width = source.k * dtype.size();
-            bytes.resize(run.len() * width, 0);
-            read(run.start % rows * width, &mut bytes)?;
-            for ((row, bytes), out) in run.zip(bytes.chunks_exact(width)).zip(out.chunks_mut(stride)) {
-                let out = &mut out[..source.k];
-                match dtype {
-                    crate::Dtype::F32 => {
-                        (out.iter_mut().zip(bytes.as_chunks().0)).for_each(|(x, &b)| *x = f32::from_le_bytes(b));
-                    }
-                    _ => out.copy_from_slice(&widen(*dtype, bytes)),
+            let at = run.start % rows * width;
+            if *dtype == crate::Dtype::F32 && stride == source.k && cfg!(target_endian = "little") {
+                // SAFETY: the same memory; whatever bytes stand there, they are numbers
+                read(at, unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), size_of_val(out)) })?;
+            } else {
+                bytes.resize(run.len() * width, 0);
+                read(at, &mut bytes)?;
+                for (out, bytes) in out.chunks_mut(stride).zip(bytes.chunks_exact(width)) {
+                    out[..source.k].copy_from_slice(&widen(*dtype, bytes));
                 }
+            }
+            for (row, out) in run.zip(out.chunks_mut(stride)) {
+                let out = &mut out[..source.k];
                 if !finite(out) {
                     return Err(Error::tensor(name, NOT_FINITE));
                 }
@@ -467,6 +477,7 @@ impl Linear {
     /// Packs the rows that `read` writes: some that follow each other, of `k` values, each so far from the one before.
     pub(crate) fn pack(
         source: &Source,
+        kernel: &dyn Kernel,
         shape: Shape,
         bias: &[f32],
         into: Option<Self>,
@@ -523,7 +534,7 @@ impl Linear {
             // SAFETY: `rows` has `cols` rows of `chunks` chunks, and the buffer this panel; it is ours alone
             unsafe {
                 let to = this.panels.ptr().add(panel * panel_bytes);
-                pack_panel(shape, rows.as_ptr(), width, cols, chunks, to);
+                kernel.pack(shape, rows.as_ptr(), width, chunks, to);
             }
         }
         Ok(this)
@@ -578,28 +589,20 @@ impl Linear {
     }
 }
 
-/// Packs `columns` columns, rows of a row-major matrix with `stride` values a row, as one panel; the columns that a
-/// panel has beyond those are left as they are.
+/// Packs a panel, whose columns are rows of a row-major matrix with `stride` values a row.
 ///
 /// # Safety
-/// `from` is valid for reading `columns` rows of `chunks` chunks, `to` for writing a panel of as many.
+/// `from` is valid for reading a panel's columns as rows of `chunks` chunks, `to` for writing a panel of as many.
 #[inline(always)]
-pub(crate) unsafe fn pack_panel(
-    shape: Shape,
-    from: *const f32,
-    stride: usize,
-    columns: usize,
-    chunks: usize,
-    to: *mut u8,
-) {
+pub(crate) unsafe fn pack_panel(shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
     let (cols, run) = (shape.cols, shape.run);
     // SAFETY: the caller's; every offset below is inside a panel as the module's head describes it
     unsafe {
         let (size, planes) = (shape.elements.column_bytes(), shape.elements.planes());
-        for (chunk, first) in (0..chunks).flat_map(|chunk| (0..columns).step_by(run).map(move |first| (chunk, first))) {
+        for (chunk, first) in (0..chunks).flat_map(|chunk| (0..cols).step_by(run).map(move |first| (chunk, first))) {
             let from = from.add(first * stride + chunk * shape.elements.chunk());
             let to = to.add(chunk * cols * size + first * size / planes);
-            let lanes = run.min(columns - first);
+            let lanes = run.min(cols - first);
             // written in order: what is written to memory counts, what is read is in the first-level cache
             match shape.elements {
                 Elements::F32 => {

@@ -50,7 +50,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
         let shape = Shape { elements: Elements::F32, tile: Self::TILE, cols: Self::COLS, run: Self::RUN };
         // SAFETY: the caller's
-        unsafe { pack_panel(shape, from, stride, Self::COLS, chunks, to) }
+        unsafe { pack_panel(shape, from, stride, chunks, to) }
     }
 
     fn splat(self, x: f32) -> Self::F;

@@ -286,6 +286,30 @@ fn threads_and_batches_do_not_change_a_bit() {
 }
 
 #[test]
+fn every_kernel_packs_as_the_layout_says() {
+    for (isa, precision) in kernels() {
+        let (kernel, ..) = kernel(isa, precision);
+        let shapes = std::iter::once(kernel.shape()).chain(kernel.integers().map(kernel::Integers::shape));
+        for (shape, chunks) in shapes.flat_map(|shape| [1, 2, 5].map(|chunks| (shape, chunks))) {
+            let stride = chunks * shape.elements.chunk() + 3;
+            let mut rows = Numbers(11).take(shape.cols * stride);
+            if shape.elements == pack::Elements::Int8 {
+                rows.iter_mut().for_each(|x| *x = (127.0 * *x).round());
+            }
+            let bytes = chunks * shape.cols * shape.elements.column_bytes();
+            let [have, want] = [0; 2].map(|_| buffer::Buffer::new(bytes));
+            // SAFETY: `rows` has a panel's columns as rows of `chunks` chunks, the buffers have room for the panel
+            let [have, want] = unsafe {
+                kernel.pack(shape, rows.as_ptr(), stride, chunks, have.ptr());
+                pack::pack_panel(shape, rows.as_ptr(), stride, chunks, want.ptr());
+                [&have, &want].map(|buffer| std::slice::from_raw_parts(buffer.ptr(), bytes))
+            };
+            assert!(have == want, "{isa} {precision}: {chunks} chunks of {shape:?}");
+        }
+    }
+}
+
+#[test]
 fn a_streamed_model_answers_the_same_bits() {
     for (name, config) in configs() {
         for depth in [1, 2, 5] {

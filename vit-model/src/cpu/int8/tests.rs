@@ -51,7 +51,7 @@ fn layer(kernel: &dyn Kernel, x: &[Vec<f32>], w: &[Vec<f32>], b: &[f32], gated: 
     let integers = kernel.integers().unwrap();
     let (rows, k, n, tile) = (x.len(), w[0].len(), w.len(), integers.shape().tile);
     let source = Source { name: "layer".into(), second: None, scale: None, n, k, bias: true, gated };
-    let linear = Linear::pack(&source, integers.shape(), b, None, |run, out, stride| {
+    let linear = Linear::pack(&source, kernel, integers.shape(), b, None, |run, out, stride| {
         for (row, out) in run.zip(out.chunks_mut(stride)) {
             out[..k].copy_from_slice(&w[row]);
         }

@@ -8,7 +8,7 @@ use super::super::avx512::Dot;
 use super::super::kernel::{Entered, Integers};
 use super::super::linear::{Blocking, Multiply, Scales};
 use super::super::pack::{Acts, Elements, Product, Shape};
-use super::x86::{output, round_rows};
+use super::x86::{output, pack_fours, round_rows};
 
 /// Tiles that multiply bytes.
 #[derive(Debug)]
@@ -108,6 +108,12 @@ impl<T: Tiles + 'static> Multiply for Tiled<T> {
     unsafe fn product(self, product: &Product<'_>) {
         // SAFETY: the caller's; a chunk of either side is as large in bytes as in bf16
         unsafe { self.bytes.product(product) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's; `self` proves the features
+        unsafe { pack_fours(from, stride, chunks, to) }
     }
 
     #[inline(always)]

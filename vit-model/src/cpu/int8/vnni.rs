@@ -8,7 +8,7 @@ use super::super::kernel::Integers;
 use super::super::linear::{F32, Multiply, Scales};
 use super::super::pack::{Acts, Elements, Product, Shape};
 use super::super::simd::{Simd, register_tiles};
-use super::x86::{output, round_rows};
+use super::x86::{output, pack_fours, round_rows};
 
 /// Rows of a register tile.
 const TILE: usize = Avx512::<false>::TILE;
@@ -89,6 +89,12 @@ impl Multiply for Vnni {
         let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
         // SAFETY: `self` proves the features; the rest is the caller's
         unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's; `self` proves the features
+        unsafe { pack_fours(from, stride, chunks, to) }
     }
 
     #[inline(always)]

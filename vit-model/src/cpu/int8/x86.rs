@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::attention;
+use super::super::avx512::store_transposed;
 use super::super::kernel::{CopyRows, Entered, Integers, Kernel, Patches};
 use super::super::linear::{self, Multiply, Scales};
 use super::super::norm::NormRows;
@@ -36,6 +37,17 @@ impl<F: Multiply, I: Multiply + Integers> Kernel for Mixed<F, I> {
 
     fn strips(&self) -> Option<Elements> {
         self.floats.strips()
+    }
+
+    unsafe fn pack(&self, shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe {
+            if shape == I::SHAPE {
+                self.integers.pack(shape, from, stride, chunks, to);
+            } else {
+                self.floats.pack(shape, from, stride, chunks, to);
+            }
+        }
     }
 
     fn enter(&self) -> Option<Entered> {
@@ -89,6 +101,31 @@ pub(super) unsafe fn output(scales: Scales, row: usize, sum: *const f32, bias: *
         let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sum.cast())), steps);
         let bias = _mm512_fmadd_ps(weights, _mm512_set1_ps(least), _mm512_loadu_ps(bias));
         _mm512_fmadd_ps(sum, _mm512_set1_ps(step), bias)
+    }
+}
+
+/// Packs a panel of two runs in bytes, of integers in f32.
+///
+/// # Safety
+/// As for [`Multiply::pack_columns`]; inlined where AVX-512 F is switched on.
+#[inline(always)]
+pub(super) unsafe fn pack_fours(from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
+    for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
+        // SAFETY: the caller's
+        unsafe {
+            let from = from.add(run * 16 * stride + chunk * 64);
+            let fours = |row: usize, at: usize| {
+                _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(from.add(row * stride + at * 16))))
+            };
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_castsi128_si512(fours(i, 0));
+                *row = _mm512_inserti32x4::<1>(*row, fours(i, 1));
+                *row = _mm512_inserti32x4::<2>(*row, fours(i, 2));
+                *row = _mm512_inserti32x4::<3>(*row, fours(i, 3));
+            }
+            store_transposed(rows, to.add((chunk * 2 + run) * 1024));
+        }
     }
 }
 
