@@ -151,6 +151,24 @@ fn the_answer_does_not_depend_on_threads_or_batch() {
     }
 }
 
+/// Alone, an image is answered by an engine that holds no weights.
+#[test]
+fn an_image_alone_gets_the_answer_that_it_gets_among_others() {
+    let folder = root().join("weights/digits/samples");
+    for precision in ["f32", "bf16"] {
+        let ask = |file: &PathBuf| {
+            let args = ["predict", "-f", "jsonl", "-k", "10", "--device", "cpu", "--precision", precision];
+            finish(vit_cli().args(args).arg(file)).good()
+        };
+        let all = ask(&folder);
+        assert_eq!(all.lines().count(), 10);
+        for digit in [0, 7] {
+            let alone = ask(&sample(digit));
+            assert!(all.lines().any(|line| line == alone.trim_end()), "{alone}");
+        }
+    }
+}
+
 #[test]
 fn no_gpu_is_an_error_only_where_one_was_asked_for() {
     if cfg!(feature = "cuda") {

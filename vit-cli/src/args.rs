@@ -104,6 +104,13 @@ pub struct ImageArgs {
     pub batch: u16,
 }
 
+impl ImageArgs {
+    /// Whether there is one image, as far as the names say.
+    pub fn single(&self) -> bool {
+        matches!(&*self.files, [file] if !std::path::Path::new(file).is_dir())
+    }
+}
+
 /// Names the classes of images
 #[derive(Args, Debug)]
 #[command(after_help = "\

@@ -24,7 +24,7 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
         return compare(args, verbose);
     }
     let started = Instant::now();
-    let predictor = model::predictor(&args.model, args.run, verbose)?;
+    let predictor = model::predictor(&args.model, args.run, false, verbose)?;
     let load_ms = started.elapsed().as_secs_f64() * 1e3;
 
     let (config, batch) = (predictor.config(), usize::from(args.batch));

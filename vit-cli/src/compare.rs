@@ -16,7 +16,7 @@ pub fn run(args: &CompareArgs, verbose: bool) -> anyhow::Result<Outcome> {
         bail!("--tolerance must be a number from 0 up, found {}", args.tolerance);
     }
     let input_shape = |config: &Config| [config.in_chans, config.img_size[0], config.img_size[1]];
-    let a = model::predictor(&args.a, args.run, verbose)?;
+    let a = model::predictor(&args.a, args.run, false, verbose)?;
     let (shape, classes) = (input_shape(a.config()), a.config().num_classes);
     let (pixels, batch) = if let Some(path) = &args.input {
         read_input(path, args.tensor.as_deref(), a.info())?
@@ -26,7 +26,7 @@ pub fn run(args: &CompareArgs, verbose: bool) -> anyhow::Result<Outcome> {
     };
     let (out_a, shapes_a) = (forward(&a, &pixels, batch)?, a.shapes(batch));
     drop(a); // one model in memory at a time
-    let b = model::predictor(&args.b, args.run, verbose)?;
+    let b = model::predictor(&args.b, args.run, false, verbose)?;
     if input_shape(b.config()) != shape {
         let (a, b, found) = (show(&args.a), show(&args.b), input_shape(b.config()));
         bail!("the models read different inputs: {a} [C, H, W] = {shape:?}, {b} {found:?}");

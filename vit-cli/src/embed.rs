@@ -16,9 +16,9 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
     if args.format == EmbedFormat::Safetensors && args.output.is_none() {
         bail!("--format safetensors is binary: name a file with --output");
     }
-    let predictor = model::predictor(&args.model, args.run, verbose)?;
+    let predictor = model::predictor(&args.model, args.run, args.images.single(), verbose)?;
     let embed = |write: &mut Write<'_>| {
-        answer_all(&predictor, &args.images, Ask::PreLogits, |source, answer| match answer {
+        answer_all(&args.model, &predictor, &args.images, Ask::PreLogits, |source, answer| match answer {
             Ok(features) => match vector(features, args.normalize) {
                 Ok(vector) => write(source, Ok(&vector)).map(|()| None),
                 Err(why) => write(source, Err(why)).map(|()| Some(why.into())),

@@ -20,9 +20,10 @@ const MAX_INPUT: u64 = 4 << 30;
 
 pub fn run(args: &ForwardArgs, verbose: bool) -> anyhow::Result<()> {
     let (name, x) = load(&args.input, args.tensor.as_deref()).with_context(|| show(&args.input))?;
-    let predictor = model::predictor_for(&args.model, args.run, verbose, |info| fit(info, x.dims()))?;
+    let once = x.dims().first() == Some(&1);
+    let predictor = model::predictor_for(&args.model, args.run, once, verbose, |info| fit(info, x.dims()))?;
     let (pixels, batch) = pixels(&name, &x, predictor.info()).with_context(|| show(&args.input))?;
-    let output = forward(&predictor, &pixels, batch)?;
+    let output = forward(&predictor, &pixels, batch).map_err(|e| model::named(&args.model, e))?;
     let [logits, features, pre_logits] = predictor.shapes(batch);
     let mut tensors = vec![
         F32 { name: "features", shape: features, values: &output.features },
@@ -39,7 +40,7 @@ pub fn run(args: &ForwardArgs, verbose: bool) -> anyhow::Result<()> {
 }
 
 /// Any number of images, a bounded number at a time.
-pub fn forward(predictor: &Predictor, pixels: &[f32], batch: usize) -> anyhow::Result<vit_model::predictor::Output> {
+pub fn forward(predictor: &Predictor, pixels: &[f32], batch: usize) -> vit_model::Result<vit_model::predictor::Output> {
     let image = pixels.len() / batch.max(1);
     let mut all = vit_model::predictor::Output { logits: None, features: Vec::new(), pre_logits: Vec::new() };
     for pixels in pixels.chunks(BATCH * image.max(1)) {

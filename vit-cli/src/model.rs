@@ -149,19 +149,20 @@ pub fn convert(path: &Path) -> anyhow::Result<(ModelInfo, vit_convert::Imported)
     Ok((info, imported))
 }
 
-/// A model, ready to run as the options say.
-pub fn predictor(model: &OsStr, run: RunArgs, verbose: bool) -> anyhow::Result<Predictor> {
-    predictor_for(model, run, verbose, |_| {})
+/// A model, ready to run as the options say; `once`: it will answer for one image, and need not hold its weights.
+pub fn predictor(model: &OsStr, run: RunArgs, once: bool, verbose: bool) -> anyhow::Result<Predictor> {
+    predictor_for(model, run, once, verbose, |_| {})
 }
 
 /// As [`predictor()`], with a look at the document before the model is built.
 pub fn predictor_for(
     model: &OsStr,
     run: RunArgs,
+    once: bool,
     verbose: bool,
     fit: impl FnOnce(&mut ModelInfo),
 ) -> anyhow::Result<Predictor> {
-    let options = options(run)?;
+    let options = predictor::Options { streamed: once, ..options(run)? };
     let mut checkpoint = checkpoint(model)?;
     fit(&mut checkpoint.info);
     let predictor = Predictor::new(&checkpoint, &options).map_err(|e| named(model, e))?;

@@ -1,5 +1,6 @@
 //! `predict`: names the classes of images, in the order in which they were given.
 
+use std::ffi::OsStr;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -20,7 +21,7 @@ use crate::{Outcome, complain, model};
 const MAX_STDIN: u64 = 1 << 30;
 
 pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
-    let predictor = model::predictor(&args.model, args.run, verbose)?;
+    let predictor = model::predictor(&args.model, args.run, args.images.single(), verbose)?;
     if predictor.config().num_classes == 0 {
         bail!("{}: this model has no head and names no classes; `vit-cli embed` gives its features", show(&args.model));
     }
@@ -32,7 +33,7 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
         _ => args.top as usize,
     };
     let mut printer = Printer::new(args.format, args.images.files.len() > 1);
-    let outcome = answer_all(&predictor, &args.images, Ask::Logits, |name, result| {
+    let outcome = answer_all(&args.model, &predictor, &args.images, Ask::Logits, |name, result| {
         let result = result.and_then(|logits| Ok(predictor.classify(logits, top)?));
         let failed = result.as_ref().err().map(|e| format!("{e:#}"));
         printer.record(name, result.as_deref().map_err(|e| format!("{e:#}")))?;
@@ -54,6 +55,7 @@ pub enum Ask {
 /// Runs every image through the model while the next ones are read, and hands each answer or failure to `each`, in order.
 /// `each` returns why an answer is a failure nonetheless; failures are also said on stderr.
 pub fn answer_all(
+    path: &OsStr,
     predictor: &Predictor,
     args: &ImageArgs,
     ask: Ask,
@@ -66,6 +68,8 @@ pub fn answer_all(
     };
     let (config, mut output) = (predictor.config(), Output::default());
     let image = config.in_chans * config.img_size[0] * config.img_size[1];
+    // a model whose weights are read as they are needed may turn out to be damaged here
+    let broken = |error| model::named(path, error);
     let progress = progress_bar();
     let mut outcome = Outcome::Good;
     pipeline(Sources::new(args.files.clone()), usize::from(args.batch), image, prepare, |batch| {
@@ -73,11 +77,11 @@ pub fn answer_all(
             _ if batch.good == 0 => &mut Vec::new(),
             Ask::Logits => {
                 let logits = output.logits.get_or_insert_default();
-                predictor.logits_into(&batch.values, batch.good, logits)?;
+                predictor.logits_into(&batch.values, batch.good, logits).map_err(broken)?;
                 logits
             }
             Ask::PreLogits => {
-                predictor.forward_head_into(&batch.values, batch.good, &mut output)?;
+                predictor.forward_head_into(&batch.values, batch.good, &mut output).map_err(broken)?;
                 &mut output.pre_logits
             }
         };
