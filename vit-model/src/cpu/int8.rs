@@ -70,25 +70,3 @@ pub(crate) fn round(row: &mut [f32]) -> (f32, f32) {
     }
     (step, step * sum as f32)
 }
-
-/// Writes 64 integers of some columns, at most 16, as bytes: fours along K, a row of `run` columns after the other.
-///
-/// # Safety
-/// `from` is valid for reading so many rows of 64 values, `stride` apart, `to` for writing 16 rows of columns.
-#[inline(always)]
-pub(crate) unsafe fn put_fours(columns: usize, from: *const f32, stride: usize, to: *mut u32, run: usize) {
-    let mut fours = [[0u32; 16]; 16];
-    for (lane, fours) in fours[..columns].iter_mut().enumerate() {
-        // SAFETY: the caller's
-        let values: &[f32; 64] = unsafe { &*from.add(lane * stride).cast() };
-        for (four, values) in fours.iter_mut().zip(values.as_chunks::<4>().0) {
-            *four = u32::from_le_bytes(values.map(|x| (x + MAGIC).to_bits() as u8));
-        }
-    }
-    for k in 0..16 {
-        for (lane, fours) in fours[..columns].iter().enumerate() {
-            // SAFETY: the caller's
-            unsafe { *to.add(k * run + lane) = fours[k] };
-        }
-    }
-}

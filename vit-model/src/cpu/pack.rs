@@ -589,76 +589,39 @@ impl Linear {
     }
 }
 
-/// Packs a panel, whose columns are rows of a row-major matrix with `stride` values a row.
+/// Packs a panel, whose columns are rows of a row-major matrix with `stride` values a row: plainly, and so what kernels with
+/// transposes of their own are tested against.
 ///
 /// # Safety
 /// `from` is valid for reading a panel's columns as rows of `chunks` chunks, `to` for writing a panel of as many.
 #[inline(always)]
 pub(crate) unsafe fn pack_panel(shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-    let (cols, run) = (shape.cols, shape.run);
-    // SAFETY: the caller's; every offset below is inside a panel as the module's head describes it
-    unsafe {
-        let (size, planes) = (shape.elements.column_bytes(), shape.elements.planes());
-        for (chunk, first) in (0..chunks).flat_map(|chunk| (0..cols).step_by(run).map(move |first| (chunk, first))) {
-            let from = from.add(first * stride + chunk * shape.elements.chunk());
-            let to = to.add(chunk * cols * size + first * size / planes);
-            let lanes = run.min(cols - first);
-            // written in order: what is written to memory counts, what is read is in the first-level cache
-            match shape.elements {
-                Elements::F32 => {
-                    let to = to.cast::<f32>();
-                    for k in 0..16 {
-                        (0..lanes).for_each(|lane| *to.add(k * run + lane) = *from.add(lane * stride + k));
-                    }
-                }
-                Elements::Widened => {
-                    let to = to.cast::<u16>();
-                    for k in 0..16 {
-                        (0..lanes).for_each(|lane| *to.add(k * run + lane) = bf16(*from.add(lane * stride + k)));
-                    }
-                }
-                Elements::Bf16 | Elements::Bf16x3 => {
-                    for lane in (0..lanes).step_by(16) {
-                        let (from, to) = (from.add(lane * stride), to.cast::<u32>().add(lane));
-                        let lanes = 16.min(lanes - lane);
-                        let mut rows = [[0f32; 32]; 16];
-                        (0..lanes).for_each(|lane| rows[lane] = *from.add(lane * stride).cast());
-                        put_pairs(&rows[..lanes], to, run);
-                        if planes == 2 {
-                            rows.as_flattened_mut()
-                                .iter_mut()
-                                .for_each(|x| *x -= f32::from_bits(u32::from(bf16(*x)) << 16));
-                            put_pairs(&rows[..lanes], to.add(cols * 16), run);
+    let Shape { elements, cols, run, .. } = shape;
+    let (size, planes) = (elements.column_bytes(), elements.planes());
+    for (chunk, first) in (0..chunks).flat_map(|chunk| (0..cols).step_by(run).map(move |first| (chunk, first))) {
+        // written in order: what is written to memory counts, what is read is in the first-level cache
+        for k in 0..16 {
+            for lane in 0..run.min(cols - first) {
+                // SAFETY: the caller's; every offset is inside a panel as the module's head describes it
+                unsafe {
+                    let from = from.add((first + lane) * stride + (chunk * 16 + k) * (elements.chunk() / 16));
+                    let to = to.add(chunk * cols * size + first * size / planes);
+                    let at = k * run + lane;
+                    match elements {
+                        Elements::F32 => *to.cast::<f32>().add(at) = *from,
+                        Elements::Widened => *to.cast::<u16>().add(at) = bf16(*from),
+                        Elements::Bf16 | Elements::Bf16x3 => {
+                            let values: [f32; 2] = *from.cast();
+                            *to.cast::<[u16; 2]>().add(at) = values.map(bf16);
+                            if planes == 2 {
+                                let low = values.map(|x| bf16(x - f32::from_bits(u32::from(bf16(x)) << 16)));
+                                *to.cast::<[u16; 2]>().add(cols * 16 + at) = low;
+                            }
                         }
-                    }
-                }
-                Elements::Int8 => {
-                    for lane in (0..lanes).step_by(16) {
-                        let (from, to) = (from.add(lane * stride), to.cast::<u32>().add(lane));
-                        int8::put_fours(16.min(lanes - lane), from, stride, to, run);
+                        Elements::Int8 => *to.cast::<[i8; 4]>().add(at) = (*from.cast::<[f32; 4]>()).map(|x| x as i8),
                     }
                 }
             }
-        }
-    }
-}
-
-/// Writes 32 values of some columns in bf16: pairs along K, a row of `run` columns after the other.
-///
-/// # Safety
-/// `to` is valid for writing 16 such rows.
-#[inline(always)]
-unsafe fn put_pairs(columns: &[[f32; 32]], to: *mut u32, run: usize) {
-    let mut pairs = [[0; 16]; 16];
-    for (pairs, column) in pairs.iter_mut().zip(columns) {
-        for (pair, [low, high]) in pairs.iter_mut().zip(column.as_chunks().0) {
-            *pair = u32::from(bf16(*low)) | u32::from(bf16(*high)) << 16;
-        }
-    }
-    for k in 0..16 {
-        for (lane, pairs) in pairs[..columns.len()].iter().enumerate() {
-            // SAFETY: the caller's
-            unsafe { *to.add(k * run + lane) = pairs[k] };
         }
     }
 }
