@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::pack::Product;
-use super::simd::{Op, Simd, lanewise, register_tiles, tile};
+use super::simd::{Ahead, Op, Simd, lanewise, register_tiles, tile};
 
 /// Proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
@@ -21,11 +21,13 @@ impl Avx2 {
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
     // SAFETY: as the caller says
     unsafe {
+        // once a tile, which is short; with every chunk it would cost more than it saves
+        ahead.step();
         let (a, c) = (p.a_tile(first, Avx2::TILE), p.c.add(first * Avx2::COLS));
-        tile::<Avx2, ROWS>(Avx2(()), a.cast(), Avx2::TILE * 16, p.b.cast(), p.chunks, c, p.accumulate);
+        tile::<Avx2, ROWS>(Avx2(()), a.cast(), Avx2::TILE * 16, p.b.cast(), p.chunks, c, p.accumulate, None);
     }
 }
 
@@ -79,7 +81,7 @@ impl Simd for Avx2 {
     unsafe fn product(self, p: &Product<'_>) {
         let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5], whole: 6) }
+        unsafe { register_tiles!(rows[], p, bytes, steps: 1, fewer: [1 2 3 4 5], whole: 6) }
     }
 
     #[inline(always)]

@@ -5,12 +5,15 @@ use std::arch::x86_64::*;
 use super::erf;
 use super::linear::{F32, Multiply};
 use super::pack::{Elements, Product, Shape};
-use super::simd::{Op, Simd, lanewise, register_tiles, tile};
+use super::simd::{Ahead, Op, Simd, lanewise, register_tiles, tile};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
 /// Columns of one: two vectors.
 const COLS: usize = 32;
+/// Chunks that a register tile takes at once. A panel's do not fit the first-level cache; the vectors come from the second
+/// in time, as there are 12 products for each, and the sums are loaded and stored half as often.
+const DEPTH: usize = 24;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOT` also its instructions for bf16, which dot pairs and round.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +98,11 @@ impl Dot {
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
     // SAFETY: as the caller says
     unsafe {
         let (a, c) = (p.a_tile(first, TILE), p.c.add(first * COLS));
-        tile::<Avx512, ROWS>(Avx512(()), a.cast(), TILE * 16, p.b.cast(), p.chunks, c, p.accumulate);
+        tile::<Avx512, ROWS>(Avx512(()), a.cast(), TILE * 16, p.b.cast(), p.chunks, c, p.accumulate, Some(ahead));
     }
 }
 
@@ -156,6 +159,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     const BLOCK: usize = 12;
     const COLS: usize = COLS;
     const RUN: usize = 16;
+    const DEPTH: usize = DEPTH;
 
     #[inline(always)]
     fn run<T: Op<Self>>(self, op: T) -> T::Out {
@@ -175,7 +179,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     unsafe fn product(self, p: &Product<'_>) {
         let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+        unsafe { register_tiles!(rows[], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
@@ -306,7 +310,7 @@ pub(crate) struct Bf16x3(pub(crate) Dot);
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first: usize) {
+unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
     // SAFETY: the caller's; a chunk is 16 pairs of each row, and of two runs of 16 columns, once or twice
     unsafe {
         let mut a = p.a_tile(first, TILE).cast::<i32>();
@@ -322,6 +326,7 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first:
         let load = |p: *const __m512bh| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.cast()));
         let pair = |p: *const i32| std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*p));
         for _ in 0..p.chunks {
+            ahead.step();
             let mut row = a;
             // one pair a turn: unrolled further, the loads come early and push sums out of the registers
             for _ in 0..16 {
@@ -363,32 +368,16 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first:
 /// As for [`dot_rows`].
 #[inline(always)]
 unsafe fn dot<const SPLIT: bool>(p: &Product<'_>) {
-    for first in (0..p.rows).step_by(TILE) {
-        // SAFETY: the caller's
-        unsafe {
-            match p.rows - first {
-                1 => dot_rows::<1, SPLIT>(p, first),
-                2 => dot_rows::<2, SPLIT>(p, first),
-                3 => dot_rows::<3, SPLIT>(p, first),
-                4 => dot_rows::<4, SPLIT>(p, first),
-                5 => dot_rows::<5, SPLIT>(p, first),
-                6 => dot_rows::<6, SPLIT>(p, first),
-                7 => dot_rows::<7, SPLIT>(p, first),
-                8 => dot_rows::<8, SPLIT>(p, first),
-                9 => dot_rows::<9, SPLIT>(p, first),
-                10 => dot_rows::<10, SPLIT>(p, first),
-                11 => dot_rows::<11, SPLIT>(p, first),
-                _ => dot_rows::<12, SPLIT>(p, first),
-            }
-        }
-    }
+    let bytes = p.chunks * 16 * COLS * size_of::<f32>() * if SPLIT { 2 } else { 1 };
+    // SAFETY: the caller's
+    unsafe { register_tiles!(dot_rows[SPLIT], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
 }
 
 impl Multiply for Bf16 {
     type S = Dot;
     type Attention = F32<Dot>;
     const SHAPE: Shape = Shape { elements: Elements::Bf16, tile: TILE, cols: COLS, run: 16 };
-    const DEPTH: usize = 12;
+    const DEPTH: usize = DEPTH;
     const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
 
     #[inline(always)]
@@ -417,7 +406,7 @@ impl Multiply for Bf16x3 {
     type S = Dot;
     type Attention = F32<Dot>;
     const SHAPE: Shape = Shape { elements: Elements::Bf16x3, ..Bf16::SHAPE };
-    const DEPTH: usize = 6;
+    const DEPTH: usize = DEPTH;
     const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
 
     #[inline(always)]

@@ -15,7 +15,7 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     type Attention: Multiply<S = Self::S>;
     /// How both sides lie in memory.
     const SHAPE: Shape;
-    /// Chunks of a panel that stay in the first-level cache.
+    /// Chunks that a product takes at once.
     const DEPTH: usize;
     /// How a job is cut.
     const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
@@ -141,7 +141,7 @@ impl<S: Simd> Multiply for F32<S> {
     type S = S;
     type Attention = Self;
     const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
-    const DEPTH: usize = 12;
+    const DEPTH: usize = S::DEPTH;
     const QUERIES: usize = S::BLOCK;
 
     #[inline(always)]

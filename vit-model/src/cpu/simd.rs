@@ -33,6 +33,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const COLS: usize;
     /// Columns of a panel that stand side by side in memory; the next run follows 16 rows later.
     const RUN: usize;
+    /// Chunks that a register tile of the product in f32 takes at once.
+    const DEPTH: usize = 12;
 
     /// Runs `op` with the instruction set switched on.
     fn run<T: Op<Self>>(self, op: T) -> T::Out;
@@ -117,21 +119,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn fetch_far(self, _p: *const u8) {}
 }
 
-/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has; `bytes` of the next panel
-/// are fetched meanwhile. Not a function, as N is a constant in each arm. As unsafe as `rows`.
+/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has. So many `bytes` of the
+/// next panel are fetched meanwhile, in as many `steps` as `rows` takes in each tile. Not a function, as N is a constant
+/// in each arm. As unsafe as `rows`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! register_tiles {
-    ($rows:ident, $product:expr, $bytes:expr, fewer: [$($fewer:literal)*], whole: $whole:literal) => {{
+    (
+        $rows:ident $also:tt, $product:expr, $bytes:expr, steps: $steps:expr,
+        fewer: [$($fewer:literal)*], whole: $whole:literal
+    ) => {{
         let (p, bytes) = ($product, $bytes);
-        let mut ahead = $crate::cpu::simd::Ahead::new(p.next, bytes, p.rows.div_ceil($whole));
+        let mut ahead = $crate::cpu::simd::Ahead::new(p.next, bytes, p.rows.div_ceil($whole) * $steps);
         for first in (0..p.rows).step_by($whole) {
-            ahead.step();
             match p.rows - first {
-                $($fewer => $rows::<$fewer>(p, first),)*
-                _ => $rows::<$whole>(p, first),
+                $($fewer => register_tiles!(@of $fewer $rows $also(p, first, &mut ahead)),)*
+                _ => register_tiles!(@of $whole $rows $also(p, first, &mut ahead)),
             }
         }
     }};
+    (@of $n:literal $rows:ident [$($also:ident)?]($($argument:expr),*)) => { $rows::<$n $(, $also)?>($($argument),*) };
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -247,7 +253,7 @@ pub(crate) fn relu<S: Simd>(s: S, x: S::F) -> S::F {
     s.max(s.splat(0.0), x)
 }
 
-/// The product of one register tile, `ROWS` × 2 vectors, in f32 with fused multiply-add.
+/// The product of one register tile, `ROWS` × 2 vectors, in f32 with fused multiply-add; a step ahead with each chunk.
 ///
 /// # Safety
 /// As [`Product`] says; the panel has two runs of `LANES` columns.
@@ -261,6 +267,7 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
     chunks: usize,
     c: *mut f32,
     accumulate: bool,
+    mut ahead: Option<&mut Ahead>,
 ) {
     // SAFETY: the caller vouches for the extents: `chunks` chunks of 16 on both sides, `ROWS` rows of C
     unsafe {
@@ -272,6 +279,9 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
             }
         }
         for _ in 0..chunks {
+            if let Some(ahead) = &mut ahead {
+                ahead.step();
+            }
             let mut row = a;
             // one column a turn: unrolled further, the loads come early and push sums out of the registers
             for _ in 0..16 {
@@ -294,10 +304,14 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
     }
 }
 
-/// Fetches the next panel into the second-level cache, some lines a step.
+/// Fetches the next panel into the second-level cache, a few lines a step: many at once would fill the buffers that the
+/// misses of the product itself need.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Ahead {
     next: *const u8,
+    /// Lines that are left.
+    left: usize,
+    /// Lines of a step.
     lines: usize,
 }
 
@@ -306,14 +320,16 @@ impl Ahead {
     /// So many bytes in so many steps.
     #[inline(always)]
     pub(crate) fn new(next: *const u8, bytes: usize, steps: usize) -> Self {
-        let lines = if next.is_null() { 0 } else { bytes.div_ceil(64).div_ceil(steps.max(1)) };
-        Self { next, lines }
+        let left = if next.is_null() { 0 } else { bytes.div_ceil(64) };
+        Self { next, left, lines: left.div_ceil(steps.max(1)) }
     }
 
     #[inline(always)]
     pub(crate) fn step(&mut self) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        for _ in 0..self.lines {
+        let lines = self.lines.min(self.left);
+        self.left -= lines;
+        for _ in 0..lines {
             // SAFETY: a hint, which no address can make fail
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) };
             self.next = self.next.wrapping_add(64);

@@ -7,7 +7,7 @@ use super::super::avx512::Avx512;
 use super::super::kernel::Integers;
 use super::super::linear::{F32, Multiply, Scales};
 use super::super::pack::{Acts, Elements, Product, Shape};
-use super::super::simd::{Simd, register_tiles};
+use super::super::simd::{Ahead, Simd, register_tiles};
 use super::x86::{output, pack_fours, round_rows};
 
 /// Rows of a register tile.
@@ -32,7 +32,7 @@ impl Vnni {
 /// # Safety
 /// The CPU has the features; otherwise as [`Product`] says.
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
+unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
     // SAFETY: the caller's; a chunk is 16 fours of each row, and of two runs of 16 columns
     unsafe {
         let mut a = p.a_tile(first, TILE).cast::<i32>();
@@ -46,6 +46,7 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize) {
             }
         }
         for _ in 0..p.chunks {
+            ahead.step();
             let mut row = a;
             // one four a turn: unrolled further, the loads come early and push sums out of the registers
             for _ in 0..16 {
@@ -88,7 +89,7 @@ impl Multiply for Vnni {
     unsafe fn product(self, p: &Product<'_>) {
         let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows, p, bytes, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+        unsafe { register_tiles!(rows[], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
