@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::avx512::{Dot, store_transposed};
+use super::avx512::{Dot, PAIRS, store_transposed};
 use super::kernel::Entered;
 use super::linear::{Blocking, Multiply};
 use super::pack::{Elements, Product, Shape, Strips};
@@ -294,36 +294,10 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
 
     #[inline(always)]
     unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
-        // SAFETY: the caller's; `self` proves the features
-        unsafe {
-            let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
-            for pair in 0..TILE {
-                for tile in 0..2 {
-                    let row = |i: usize| {
-                        if i < rows { _mm512_loadu_ps(from.add(i * stride + tile * 16)) } else { _mm512_setzero_ps() }
-                    };
-                    let (high, low) = self.avx512.split::<SPLIT>(row(2 * pair), row(2 * pair + 1));
-                    let to = to.add(tile * BYTES + pair * STRIDE);
-                    _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, high));
-                    if SPLIT {
-                        _mm512_storeu_si512(to.add(2 * BYTES).cast(), _mm512_permutexvar_epi16(pairs, low));
-                    }
-                }
-            }
-        }
+        // SAFETY: the caller's
+        unsafe { self.avx512.pack_pairs_of_rows::<SPLIT>(from, stride, rows, to) }
     }
 }
-
-/// A value of the one row, a value of the other, …
-static PAIRS: [u16; 32] = {
-    let mut pairs = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        pairs[i] = (i / 2 + i % 2 * 16) as u16;
-        i += 1;
-    }
-    pairs
-};
 
 /// What follows the product, for rows that are complete, some of them a step: the vector unit works while the tiles do.
 struct Behind<'a> {

@@ -91,7 +91,47 @@ impl Dot {
             }
         }
     }
+
+    /// Packs a chunk of a panel of two runs, whose rows are rows of a matrix, in bf16 or (`SPLIT`) in bf16 twice.
+    ///
+    /// # Safety
+    /// As for [`Multiply::pack_rows`]; inlined where the features are switched on.
+    #[inline(always)]
+    pub(crate) unsafe fn pack_pairs_of_rows<const SPLIT: bool>(
+        self,
+        from: *const f32,
+        stride: usize,
+        rows: usize,
+        to: *mut u8,
+    ) {
+        // SAFETY: the caller's; `self` proves the features
+        unsafe {
+            let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
+            for (pair, run) in (0..16).flat_map(|pair| [(pair, 0), (pair, 1)]) {
+                let row = |i: usize| {
+                    if i < rows { _mm512_loadu_ps(from.add(i * stride + run * 16)) } else { _mm512_setzero_ps() }
+                };
+                let (high, low) = self.split::<SPLIT>(row(2 * pair), row(2 * pair + 1));
+                let to = to.add(run * 1024 + pair * 64);
+                _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, high));
+                if SPLIT {
+                    _mm512_storeu_si512(to.add(2 * 1024).cast(), _mm512_permutexvar_epi16(pairs, low));
+                }
+            }
+        }
+    }
 }
+
+/// A value of the one row, a value of the other, …
+pub(crate) static PAIRS: [u16; 32] = {
+    let mut pairs = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        pairs[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    pairs
+};
 
 /// A register tile of `ROWS` rows.
 ///
@@ -375,18 +415,18 @@ unsafe fn dot<const SPLIT: bool>(p: &Product<'_>) {
 
 impl Multiply for Bf16 {
     type S = Dot;
-    type Attention = F32<Dot>;
+    type Attention = Self;
     const SHAPE: Shape = Shape { elements: Elements::Bf16, tile: TILE, cols: COLS, run: 16 };
     const DEPTH: usize = DEPTH;
-    const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
+    const QUERIES: usize = TILE;
 
     #[inline(always)]
     fn simd(self) -> Dot {
         self.0
     }
 
-    fn attention(self) -> F32<Dot> {
-        F32(self.0)
+    fn attention(self) -> Self {
+        self
     }
 
     #[inline(always)]
@@ -399,6 +439,11 @@ impl Multiply for Bf16 {
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
         // SAFETY: the caller's
         unsafe { self.0.pack_pairs::<false>(from, stride, chunks, to) }
+    }
+    #[inline(always)]
+    unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
+        // SAFETY: the caller's
+        unsafe { self.0.pack_pairs_of_rows::<false>(from, stride, rows, to) }
     }
 }
 
