@@ -4,13 +4,15 @@ use std::arch::x86_64::*;
 
 use super::erf;
 use super::linear::{F32, Multiply};
-use super::pack::{Elements, Product, Shape};
+use super::pack::{CHUNK_BYTES, Elements, Product, Shape};
 use super::simd::{Ahead, Op, Simd, lanewise, register_tiles, tile};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
 /// Columns of one: two vectors.
 const COLS: usize = 32;
+/// Bytes of a run of columns in a chunk of a panel: sixteen vectors.
+pub(crate) const RUN_BYTES: usize = 16 * CHUNK_BYTES;
 /// Chunks that a register tile takes at once. A panel's do not fit the first-level cache; the vectors come from the second
 /// in time, as there are 12 products for each, and the sums are loaded and stored half as often.
 const DEPTH: usize = 24;
@@ -78,7 +80,7 @@ impl Dot {
             // SAFETY: the caller's; `self` proves the features
             unsafe {
                 let from = from.add(run * 16 * stride + chunk * 32);
-                let to = to.add((chunk * 2 * if SPLIT { 2 } else { 1 } + run) * 1024);
+                let to = to.add((chunk * 2 * if SPLIT { 2 } else { 1 } + run) * RUN_BYTES);
                 let (mut high, mut low) = ([_mm512_setzero_si512(); 16], [_mm512_setzero_si512(); 16]);
                 for (i, (high, low)) in high.iter_mut().zip(&mut low).enumerate() {
                     let row = from.add(i * stride);
@@ -86,7 +88,7 @@ impl Dot {
                 }
                 store_transposed(high, to);
                 if SPLIT {
-                    store_transposed(low, to.add(2 * 1024));
+                    store_transposed(low, to.add(2 * RUN_BYTES));
                 }
             }
         }
@@ -112,10 +114,10 @@ impl Dot {
                     if i < rows { _mm512_loadu_ps(from.add(i * stride + run * 16)) } else { _mm512_setzero_ps() }
                 };
                 let (high, low) = self.split::<SPLIT>(row(2 * pair), row(2 * pair + 1));
-                let to = to.add(run * 1024 + pair * 64);
+                let to = to.add(run * RUN_BYTES + pair * CHUNK_BYTES);
                 _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(pairs, high));
                 if SPLIT {
-                    _mm512_storeu_si512(to.add(2 * 1024).cast(), _mm512_permutexvar_epi16(pairs, low));
+                    _mm512_storeu_si512(to.add(2 * RUN_BYTES).cast(), _mm512_permutexvar_epi16(pairs, low));
                 }
             }
         }
@@ -149,7 +151,7 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahe
 /// 16 rows of 16 numbers of 32 bits → its transpose, in memory.
 ///
 /// # Safety
-/// The CPU has AVX-512 F; `to` is valid for writing 1024 bytes.
+/// The CPU has AVX-512 F; `to` is valid for writing [`RUN_BYTES`].
 #[inline(always)]
 pub(crate) unsafe fn store_transposed(mut rows: [__m512i; 16], to: *mut u8) {
     // SAFETY: the caller's
@@ -230,7 +232,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
                 let from = from.add(run * 16 * stride + chunk * 16);
                 let mut rows = [_mm512_setzero_si512(); 16];
                 rows.iter_mut().enumerate().for_each(|(i, row)| *row = _mm512_loadu_si512(from.add(i * stride).cast()));
-                store_transposed(rows, to.add((chunk * 2 + run) * 1024));
+                store_transposed(rows, to.add((chunk * 2 + run) * RUN_BYTES));
             }
         }
     }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::attention;
-use super::super::avx512::store_transposed;
+use super::super::avx512::{RUN_BYTES, store_transposed};
 use super::super::kernel::{CopyRows, Entered, Integers, Kernel, Patches};
 use super::super::linear::{self, Multiply, Scales};
 use super::super::norm::NormRows;
@@ -124,7 +124,7 @@ pub(super) unsafe fn pack_fours(from: *const f32, stride: usize, chunks: usize, 
                 *row = _mm512_inserti32x4::<2>(*row, fours(i, 2));
                 *row = _mm512_inserti32x4::<3>(*row, fours(i, 3));
             }
-            store_transposed(rows, to.add((chunk * 2 + run) * 1024));
+            store_transposed(rows, to.add((chunk * 2 + run) * RUN_BYTES));
         }
     }
 }
