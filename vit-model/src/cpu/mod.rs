@@ -203,7 +203,11 @@ fn choose(isa: Isa, precision: Precision) -> Result<(Box<dyn Kernel>, Isa, Preci
             let avx512 = avx512::Avx512::<false>::detect().ok_or_else(lost)?;
             if precision == Precision::Int8 {
                 let integers = int8::Vnni::detect().ok_or_else(no_bytes)?;
-                return Ok((Box::new(int8::Mixed { floats: Widened(avx512), integers }), isa, precision));
+                let kernel: Box<dyn Kernel> = match avx512::Dot::detect() {
+                    Some(dot) => Box::new(int8::Mixed { floats: avx512::Bf16(dot), integers }),
+                    None => Box::new(int8::Mixed { floats: Widened(avx512), integers }),
+                };
+                return Ok((kernel, isa, precision));
             }
             match (precision, avx512::Dot::detect()) {
                 (Precision::Bf16, Some(dot)) => (Box::new(avx512::Bf16(dot)), isa, Precision::Bf16),

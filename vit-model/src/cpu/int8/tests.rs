@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::amx::{self, Amx, Registers, emulated::Emulated};
-use super::super::avx512::Dot;
+use super::super::avx512::{Bf16, Dot};
 use super::super::buffer::Buffer;
 use super::super::kernel::Kernel;
 use super::super::linear::{Add, Job, Multiply as _, To, Widened};
@@ -20,6 +20,7 @@ fn kernels() -> Vec<Box<dyn Kernel>> {
     all.extend(Amx::detect().filter(|amx| amx.has_bytes()).map(|amx| tiled::<Registers>(amx.avx512())));
     if let Some(integers) = Vnni::detect() {
         all.push(Box::new(Mixed { floats: Widened(integers.simd()), integers }));
+        all.extend(Dot::detect().map(|dot| Box::new(Mixed { floats: Bf16(dot), integers }) as Box<dyn Kernel>));
     }
     all
 }

@@ -133,19 +133,22 @@ pub(super) unsafe fn pack_fours(from: *const f32, stride: usize, chunks: usize, 
 ///
 /// # Safety
 /// The CPU has the features; both sides have the rows, in tiles of as many, and as many columns. No other thread touches
-/// the eights of rows that these are in, of f32 the fours.
+/// the eights of rows that these are in, where tiles are whole eights, else the fours.
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn round_rows(from: Acts, to: Acts, rows: Range<usize>) {
     debug_assert!(from.shape().tile == to.shape().tile && to.shape().elements == Elements::Int8);
     let bf16 = from.shape().elements == Elements::Bf16;
-    let at_once = if bf16 { 8 } else { 4 };
+    let eights = bf16 && to.shape().tile.is_multiple_of(8);
+    let at_once = if eights { 8 } else { 4 };
     debug_assert!(rows.start.is_multiple_of(at_once) && to.shape().tile.is_multiple_of(at_once));
     for first in rows.step_by(at_once) {
         let (from, scales, to) = (Group::new(from, first), to.scale(first), Group::new(to, first));
         // SAFETY: the caller's; a tile is whole in memory, even where it has fewer rows
         unsafe {
-            if bf16 {
-                round_bf16(from, to, &mut *scales.cast());
+            if eights {
+                round_bf16::<8>(from, to, &mut *scales.cast());
+            } else if bf16 {
+                round_bf16::<4>(from, to, &mut *scales.cast());
             } else {
                 round_f32(from, to, &mut *scales.cast());
             }
@@ -193,17 +196,17 @@ impl Group {
 /// # Safety
 /// As [`round_rows`] says.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn round_bf16(from: Group, to: Group, scales: &mut [Scale; 8]) {
+unsafe fn round_bf16<const N: usize>(from: Group, to: Group, scales: &mut [Scale; N]) {
     // SAFETY: the caller's
     unsafe {
-        let mut ends = [[_mm512_setzero_si512(); 2]; 8];
+        let mut ends = [[_mm512_setzero_si512(); 2]; N];
         for i in 0..from.chunks {
             for (row, [low, high]) in ends.iter_mut().enumerate() {
                 let x = from.chunk(i, row);
                 (*low, *high) = (_mm512_max_epu16(*low, x), _mm512_max_epi16(*high, x));
             }
         }
-        let mut factors = [(0f32, 0i8); 8];
+        let mut factors = [(0f32, 0i8); N];
         for ((factor, to), [low, high]) in factors.iter_mut().zip(scales).zip(ends) {
             let low = _mm512_reduce_max_epu32(_mm512_max_epu16(low, _mm512_slli_epi32::<16>(low)));
             let high = _mm512_reduce_max_epi32(_mm512_max_epi16(high, _mm512_slli_epi32::<16>(high)));
