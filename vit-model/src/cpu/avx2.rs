@@ -26,8 +26,7 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahe
     unsafe {
         // once a tile, which is short; with every chunk it would cost more than it saves
         ahead.step();
-        let (a, c) = (p.a_tile(first, Avx2::TILE), p.c.add(first * Avx2::COLS));
-        tile::<Avx2, ROWS>(Avx2(()), a.cast(), Avx2::TILE * 16, p.b.cast(), p.chunks, c, p.accumulate, None);
+        tile::<Avx2, ROWS>(Avx2(()), p, first, None);
     }
 }
 

@@ -142,10 +142,7 @@ pub(crate) static PAIRS: [u16; 32] = {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
     // SAFETY: as the caller says
-    unsafe {
-        let (a, c) = (p.a_tile(first, TILE), p.c.add(first * COLS));
-        tile::<Avx512, ROWS>(Avx512(()), a.cast(), TILE * 16, p.b.cast(), p.chunks, c, p.accumulate, Some(ahead));
-    }
+    unsafe { tile::<Avx512, ROWS>(Avx512(()), p, first, Some(ahead)) }
 }
 
 /// 16 rows of 16 numbers of 32 bits → its transpose, in memory.

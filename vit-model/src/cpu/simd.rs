@@ -253,7 +253,8 @@ pub(crate) fn relu<S: Simd>(s: S, x: S::F) -> S::F {
     s.max(s.splat(0.0), x)
 }
 
-/// The product of one register tile, `ROWS` × 2 vectors, in f32 with fused multiply-add; a step ahead with each chunk.
+/// The product of the register tile that begins at row `first`, `ROWS` × 2 vectors, in f32 with fused multiply-add; a step
+/// ahead with each chunk.
 ///
 /// # Safety
 /// As [`Product`] says; the panel has two runs of `LANES` columns.
@@ -261,24 +262,23 @@ pub(crate) fn relu<S: Simd>(s: S, x: S::F) -> S::F {
 #[inline(always)]
 pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
     s: S,
-    mut a: *const f32,
-    a_chunk: usize,
-    mut b: *const f32,
-    chunks: usize,
-    c: *mut f32,
-    accumulate: bool,
+    p: &Product<'_>,
+    first: usize,
     mut ahead: Option<&mut Ahead>,
 ) {
     // SAFETY: the caller vouches for the extents: `chunks` chunks of 16 on both sides, `ROWS` rows of C
     unsafe {
+        let mut a = p.a_tile(first, S::TILE).cast::<f32>();
+        let mut b = p.b.cast::<f32>();
+        let c = p.c.add(first * S::COLS);
         let mut sum = [[s.splat(0.0); 2]; ROWS];
-        if accumulate {
+        if p.accumulate {
             for (i, [x, y]) in sum.iter_mut().enumerate() {
                 *x = s.load(c.add(i * 2 * S::LANES));
                 *y = s.load(c.add((i * 2 + 1) * S::LANES));
             }
         }
-        for _ in 0..chunks {
+        for _ in 0..p.chunks {
             if let Some(ahead) = &mut ahead {
                 ahead.step();
             }
@@ -294,7 +294,7 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
                 row = row.add(1);
                 b = b.add(S::LANES);
             }
-            a = a.add(a_chunk);
+            a = a.add(S::TILE * 16);
             b = b.add(16 * S::LANES);
         }
         for (i, [x, y]) in sum.iter().enumerate() {
