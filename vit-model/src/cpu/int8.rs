@@ -51,7 +51,8 @@ impl Scale {
         // 254 steps, as both ends may be rounded away from each other
         let step = high / 254.0 - low / 254.0;
         let inverse = 1.0 / step;
-        let off = (low * inverse + MAGIC) - MAGIC;
+        // rounded once, as the kernels round: where the product itself is rounded to a tie, the least value's byte would be −1
+        let off = low.mul_add(inverse, MAGIC) - MAGIC;
         (Self { step, least: step * off }, inverse, off as i32)
     }
 }

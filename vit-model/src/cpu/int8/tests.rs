@@ -181,6 +181,19 @@ fn integers_are_rounded_to_nearest_ties_to_even() {
     }
 }
 
+/// Otherwise the byte of the least value would be −1, and so 255: the largest.
+#[test]
+fn the_least_value_of_a_row_is_rounded_as_the_kernels_do() {
+    // every number that bf16 has from 1 to 4
+    let number = |i: u32| f32::from_bits(1f32.to_bits() + (i << 16));
+    for (low, high) in (0..256).flat_map(|low| (0..256).map(move |high| (-number(low), number(high)))) {
+        let (_, inverse, off) = Scale::new(low, high);
+        // exact: the product of two f32 fits f64
+        let exact = (f64::from(low) * f64::from(inverse)).round_ties_even();
+        assert_eq!(f64::from(off), exact, "the least of {low} to {high}");
+    }
+}
+
 #[test]
 fn rows_of_zeros_are_the_bias_and_rows_that_are_not_finite_no_numbers() {
     let (k, n) = (100, 40);
