@@ -226,8 +226,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     }
 
     unsafe fn product(self, p: &Product<'_>) {
-        let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
-        let mut ahead = Ahead::new(p.next, bytes, p.rows.div_ceil(2 * TILE) * p.chunks);
+        let mut ahead = Ahead::new(p, p.rows.div_ceil(2 * TILE) * p.chunks);
         let mut behind = Behind { follow: p.follow, next: 0, complete: 0, rows: (2 * TILE).div_ceil(p.chunks) };
         for first in (0..p.rows).step_by(2 * TILE) {
             // SAFETY: the caller's; `c` has room for whole tiles

@@ -496,6 +496,7 @@ fn product<M: Multiply>(a: *const u8, chunks: usize, a_low: usize, rows: usize) 
         c: std::ptr::null_mut(),
         accumulate: false,
         next: std::ptr::null(),
+        next_bytes: 0,
         follow: None,
     }
 }

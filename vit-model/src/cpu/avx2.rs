@@ -78,9 +78,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows[], p, bytes, steps: 1, fewer: [1 2 3 4 5], whole: 6) }
+        unsafe { register_tiles!(rows[], p, steps: 1, fewer: [1 2 3 4 5], whole: 6) }
     }
 
     #[inline(always)]

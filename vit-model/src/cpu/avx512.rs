@@ -216,9 +216,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        let bytes = p.chunks * 16 * Self::COLS * size_of::<f32>();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows[], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+        unsafe { register_tiles!(rows[], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
@@ -407,9 +406,8 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first:
 /// As for [`dot_rows`].
 #[inline(always)]
 unsafe fn dot<const SPLIT: bool>(p: &Product<'_>) {
-    let bytes = p.chunks * 16 * COLS * size_of::<f32>() * if SPLIT { 2 } else { 1 };
     // SAFETY: the caller's
-    unsafe { register_tiles!(dot_rows[SPLIT], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+    unsafe { register_tiles!(dot_rows[SPLIT], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
 }
 
 impl Multiply for Bf16 {

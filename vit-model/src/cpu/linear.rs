@@ -396,6 +396,7 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
                         c: sums(panel),
                         accumulate: chunk > 0,
                         next: linear.panel(next.0, next.1),
+                        next_bytes: chunks * shape.cols * shape.elements.column_bytes(),
                         follow: if M::FOLLOWS && chunk + chunks == all { Some(&follow) } else { None },
                     };
                     // SAFETY: `from` has the job's rows in whole tiles and K in whole chunks, so has the panel; the sums

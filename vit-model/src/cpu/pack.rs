@@ -95,8 +95,9 @@ pub(crate) struct Product<'a> {
     /// Row-major, as wide as the panel.
     pub(crate) c: *mut f32,
     pub(crate) accumulate: bool,
-    /// What will be read next, if that is known; a hint.
+    /// What will be read next, if that is known, and how many bytes of it; a hint.
     pub(crate) next: *const u8,
+    pub(crate) next_bytes: usize,
     /// What is to be done with rows as soon as they are complete, in their order, by a kernel that says that it
     /// [`FOLLOWS`](super::linear::Multiply::FOLLOWS).
     pub(crate) follow: Option<&'a dyn Fn(std::ops::Range<usize>)>,

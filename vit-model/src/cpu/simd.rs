@@ -119,17 +119,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn fetch_far(self, _p: *const u8) {}
 }
 
-/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has. So many `bytes` of the
-/// next panel are fetched meanwhile, in as many `steps` as `rows` takes in each tile. Not a function, as N is a constant
-/// in each arm. As unsafe as `rows`.
+/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has. The next panel is fetched
+/// meanwhile, in as many `steps` as `rows` takes in each tile. Not a function, as N is a constant in each arm. As unsafe as
+/// `rows`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! register_tiles {
     (
-        $rows:ident $also:tt, $product:expr, $bytes:expr, steps: $steps:expr,
+        $rows:ident $also:tt, $product:expr, steps: $steps:expr,
         fewer: [$($fewer:literal)*], whole: $whole:literal
     ) => {{
-        let (p, bytes) = ($product, $bytes);
-        let mut ahead = $crate::cpu::simd::Ahead::new(p.next, bytes, p.rows.div_ceil($whole) * $steps);
+        let p = $product;
+        let mut ahead = $crate::cpu::simd::Ahead::new(p, p.rows.div_ceil($whole) * $steps);
         for first in (0..p.rows).step_by($whole) {
             match p.rows - first {
                 $($fewer => register_tiles!(@of $fewer $rows $also(p, first, &mut ahead)),)*
@@ -317,11 +317,11 @@ pub(crate) struct Ahead {
 
 #[cfg(target_arch = "x86_64")]
 impl Ahead {
-    /// So many bytes in so many steps.
+    /// What a product will read next, in so many steps.
     #[inline(always)]
-    pub(crate) fn new(next: *const u8, bytes: usize, steps: usize) -> Self {
-        let left = if next.is_null() { 0 } else { bytes.div_ceil(64) };
-        Self { next, left, lines: left.div_ceil(steps.max(1)) }
+    pub(crate) fn new(p: &Product<'_>, steps: usize) -> Self {
+        let left = if p.next.is_null() { 0 } else { p.next_bytes.div_ceil(64) };
+        Self { next: p.next, left, lines: left.div_ceil(steps.max(1)) }
     }
 
     #[inline(always)]

@@ -87,9 +87,8 @@ impl Multiply for Vnni {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        let bytes = p.chunks * COLS * Self::SHAPE.elements.column_bytes();
         // SAFETY: `self` proves the features; the rest is the caller's
-        unsafe { register_tiles!(rows[], p, bytes, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
+        unsafe { register_tiles!(rows[], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
