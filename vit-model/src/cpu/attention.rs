@@ -33,7 +33,7 @@ pub(crate) struct Job<'a> {
 #[derive(Clone, Copy)]
 pub(crate) enum From {
     Rows(Rows),
-    /// Heads are whole strips.
+    /// Heads are whole strips and panels.
     Strips(Strips),
 }
 
@@ -47,8 +47,8 @@ pub(crate) fn between(
     plain: bool,
 ) -> (linear::To, From) {
     match kernel.strips() {
-        Some(elements) if plain && head_dim.is_multiple_of(Strips::COLS) => {
-            let strips = Strips::new(start, elements, rows, 3 * dim);
+        Some(shape) if plain && head_dim.is_multiple_of(shape.cols.max(shape.elements.chunk())) => {
+            let strips = Strips::new(start, shape.elements, rows, 3 * dim);
             (linear::To::Strips(strips), From::Strips(strips))
         }
         _ => {
@@ -60,7 +60,7 @@ pub(crate) fn between(
 
 /// Bytes for queries, keys and values, however they lie.
 pub(crate) fn between_bytes(kernel: &dyn Kernel, rows: usize, dim: usize) -> usize {
-    let strips = kernel.strips().map_or(0, |elements| Strips::bytes(elements, rows, 3 * dim));
+    let strips = kernel.strips().map_or(0, |shape| Strips::bytes(shape.elements, rows, 3 * dim));
     Rows::bytes(rows, 3 * dim).max(strips)
 }
 
@@ -244,11 +244,11 @@ impl<M: Multiply> Head<'_, M> {
     /// Fetches a row of the next head, whose query of this head is at `q`: its query, key and value.
     #[inline(always)]
     fn fetch_next(&self, s: M::S, strips: Strips, q: *const u8) {
-        let job = self.job;
+        let (job, elements) = (self.job, M::SHAPE.elements);
         for column in [job.q.1, job.k.1, job.v.1] {
-            for strip in 0..job.dim / Strips::COLS {
-                let strip = (column - job.q.1 + job.dim) / Strips::COLS + strip;
-                for plane in 0..M::SHAPE.elements.planes() {
+            for strip in 0..job.dim / elements.chunk() {
+                let strip = (column - job.q.1 + job.dim) / elements.chunk() + strip;
+                for plane in 0..elements.planes() {
                     s.fetch_far(q.wrapping_add(strip * strips.strip + plane * strips.plane));
                 }
             }
@@ -296,7 +296,7 @@ impl<M: Multiply> Head<'_, M> {
             if let Some((strips, from)) = self.strips(job.v, job.first_key) {
                 for (panel, i) in (0..job.dim / shape.cols).flat_map(|panel| (0..chunks).map(move |i| (panel, i))) {
                     let to = self.scratch.add(self.at.values + panel * Self::panel(chunks) + i * Self::panel(1));
-                    let from = from.add(i * chunk * CHUNK_BYTES + panel * strips.strip);
+                    let from = from.add(i * chunk * CHUNK_BYTES + panel * shape.cols / chunk * strips.strip);
                     self.multiply.pack_strip_rows(strips, from, chunk.min(job.keys() - i * chunk), to);
                 }
                 return;

@@ -65,6 +65,7 @@ impl Simd for Avx2 {
     const BLOCK: usize = 6;
     const COLS: usize = 16;
     const RUN: usize = 8;
+    const STRIPS: bool = true;
 
     #[inline(always)]
     fn run<T: Op<Self>>(self, op: T) -> T::Out {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::erf;
 use super::linear::{F32, Multiply};
 use super::pack::{CHUNK_BYTES, Elements, Product, Shape};
-use super::simd::{Ahead, Op, Simd, lanewise, register_tiles, tile};
+use super::simd::{Ahead, Op, Simd, for_each_column, lanewise, register_tiles, tile};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
@@ -199,6 +199,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     const COLS: usize = COLS;
     const RUN: usize = 16;
     const DEPTH: usize = DEPTH;
+    const STRIPS: bool = true;
 
     #[inline(always)]
     fn run<T: Op<Self>>(self, op: T) -> T::Out {
@@ -365,33 +366,29 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first:
         let pair = |p: *const i32| std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*p));
         for _ in 0..p.chunks {
             ahead.step();
-            let mut row = a;
-            // one pair a turn: unrolled further, the loads come early and push sums out of the registers
-            for _ in 0..16 {
-                let (left, right) = (load(b), load(b.add(16)));
+            for_each_column!(PAIR {
+                let (left, right) = (load(b.add(PAIR)), load(b.add(16 + PAIR)));
                 for (i, [x, y]) in sum.iter_mut().enumerate() {
-                    let v = pair(row.add(i * 16));
+                    let v = pair(a.add(i * 16 + PAIR));
                     *x = _mm512_dpbf16_ps(*x, v, left);
                     *y = _mm512_dpbf16_ps(*y, v, right);
                 }
                 if SPLIT {
                     for (i, [x, y]) in sum.iter_mut().enumerate() {
-                        let low = pair(row.byte_add(p.a_low).add(i * 16));
+                        let low = pair(a.byte_add(p.a_low).add(i * 16 + PAIR));
                         *x = _mm512_dpbf16_ps(*x, low, left);
                         *y = _mm512_dpbf16_ps(*y, low, right);
                     }
-                    let (left, right) = (load(b.add(32)), load(b.add(48)));
+                    let (left, right) = (load(b.add(32 + PAIR)), load(b.add(48 + PAIR)));
                     for (i, [x, y]) in sum.iter_mut().enumerate() {
-                        let v = pair(row.add(i * 16));
+                        let v = pair(a.add(i * 16 + PAIR));
                         *x = _mm512_dpbf16_ps(*x, v, left);
                         *y = _mm512_dpbf16_ps(*y, v, right);
                     }
                 }
-                row = row.add(1);
-                b = b.add(1);
-            }
+            });
             a = a.add(TILE * 16);
-            b = b.add(if SPLIT { 48 } else { 16 });
+            b = b.add(if SPLIT { 64 } else { 32 });
         }
         for (i, [x, y]) in sum.iter().enumerate() {
             _mm512_storeu_ps(c.add(i * 32), *x);

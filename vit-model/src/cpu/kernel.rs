@@ -3,7 +3,7 @@
 use super::attention;
 use super::linear::{self, Multiply};
 use super::norm::NormRows;
-use super::pack::{Acts, Elements, Rows, Shape};
+use super::pack::{Acts, Rows, Shape};
 use super::simd::{Op, Simd};
 
 /// What the engine asks of a kernel. One unit of a job is one call; units run on any thread, in any order.
@@ -18,8 +18,8 @@ pub(crate) trait Kernel: Send + Sync {
     fn linear_scratch(&self) -> usize;
     /// Bytes of scratch that a thread needs for attention over `keys` in heads of `dim`.
     fn attention_scratch(&self, keys: usize, dim: usize) -> usize;
-    /// The elements of the strips that attention reads where heads are whole strips, if it reads such.
-    fn strips(&self) -> Option<Elements>;
+    /// How attention's products lie in memory, if it reads strips where heads are whole ones.
+    fn strips(&self) -> Option<Shape>;
     /// Packs a panel of weights of this shape, whose columns are rows of a matrix in f32.
     ///
     /// # Safety
@@ -72,8 +72,8 @@ impl<M: Multiply> Kernel for M {
         attention::scratch_bytes::<M::Attention>(keys, dim)
     }
 
-    fn strips(&self) -> Option<Elements> {
-        M::Attention::STRIPS.then_some(M::Attention::SHAPE.elements)
+    fn strips(&self) -> Option<Shape> {
+        M::Attention::STRIPS.then_some(M::Attention::SHAPE)
     }
 
     unsafe fn pack(&self, shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {

@@ -21,7 +21,7 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
     /// Queries that attention takes at once.
     const QUERIES: usize;
-    /// Whether attention reads [`Strips`], whose rows are those of a tile and whose columns those of a panel.
+    /// Whether attention reads [`Strips`], whose rows are those of a chunk.
     const STRIPS: bool = false;
     /// Whether the product calls what follows it, between its own steps: where it runs in a unit of its own, the vector
     /// unit would otherwise wait meanwhile.
@@ -143,6 +143,7 @@ impl<S: Simd> Multiply for F32<S> {
     const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
     const DEPTH: usize = S::DEPTH;
     const QUERIES: usize = S::BLOCK;
+    const STRIPS: bool = S::STRIPS;
 
     #[inline(always)]
     fn simd(self) -> S {
@@ -163,6 +164,39 @@ impl<S: Simd> Multiply for F32<S> {
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
         // SAFETY: the caller's
         unsafe { self.0.pack_columns(from, stride, chunks, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_strip_columns(self, strips: Strips, from: *const u8, rows: usize, chunks: usize, to: *mut u8) {
+        for chunk in 0..chunks {
+            // SAFETY: the caller's; a row of a strip is a chunk of a column
+            unsafe {
+                let from = from.add(chunk * strips.strip).cast::<f32>();
+                let to = to.add(chunk * S::COLS * CHUNK_BYTES);
+                if rows < S::COLS {
+                    let mut columns = [0f32; 16 * WIDEST];
+                    from.copy_to_nonoverlapping(columns.as_mut_ptr(), rows * 16);
+                    self.0.pack_columns(columns.as_ptr(), 16, 1, to);
+                } else {
+                    self.0.pack_columns(from, 16, 1, to);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_strip_rows(self, strips: Strips, from: *const u8, rows: usize, to: *mut u8) {
+        for column in (0..S::COLS).step_by(S::LANES) {
+            let (run, strip) = (column / S::RUN * S::RUN * 16 + column % S::RUN, column / 16 * strips.strip);
+            for row in 0..16 {
+                // SAFETY: the caller's
+                unsafe {
+                    let from = from.wrapping_add(strip + row * CHUNK_BYTES).cast::<f32>().wrapping_add(column % 16);
+                    let x = if row < rows { self.0.load(from) } else { self.0.splat(0.0) };
+                    self.0.store(to.cast::<f32>().add(run + row * S::RUN), x);
+                }
+            }
+        }
     }
 }
 

@@ -343,8 +343,8 @@ impl Rows {
     }
 }
 
-/// Queries, keys and values as attention in tiles reads them, `[plane][strip of 32 columns][row][64 bytes]`: sixteen rows
-/// of a strip are a tile wherever they begin, and what a panel of a product writes follows without a gap.
+/// Queries, keys and values as attention reads them, `[plane][strip of columns][row][64 bytes]`: some rows of a strip are a
+/// tile wherever they begin, and what a panel of a product writes follows without a gap.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Strips {
     start: *mut u8,
@@ -361,24 +361,21 @@ unsafe impl Send for Strips {}
 unsafe impl Sync for Strips {}
 
 impl Strips {
-    /// Columns of a strip.
-    pub(crate) const COLS: usize = 32;
-
     /// Bytes for `rows` rows of `columns` columns, whole strips; the last tile may begin at the last row.
     pub(crate) fn bytes(elements: Elements, rows: usize, columns: usize) -> usize {
-        (elements.planes() * (columns / Self::COLS) * rows + 16) * CHUNK_BYTES
+        (elements.planes() * (columns / elements.chunk()) * rows + 16) * CHUNK_BYTES
     }
 
     /// A view of memory of [`bytes`](Self::bytes) bytes.
     pub(crate) fn new(start: *mut u8, elements: Elements, rows: usize, columns: usize) -> Self {
         let strip = rows * CHUNK_BYTES;
-        Self { start, elements, strip, plane: columns / Self::COLS * strip }
+        Self { start, elements, strip, plane: columns / elements.chunk() * strip }
     }
 
-    /// Where a row begins in the strip of a column, a multiple of [`COLS`](Self::COLS).
+    /// Where a row begins in the strip that begins with a column.
     #[inline(always)]
     pub(crate) fn at(&self, row: usize, column: usize) -> *mut u8 {
-        self.start.wrapping_add(column / Self::COLS * self.strip + row * CHUNK_BYTES)
+        self.start.wrapping_add(column / self.elements.chunk() * self.strip + row * CHUNK_BYTES)
     }
 
     /// The columns of a row from a strip's first on, to be written.

@@ -36,6 +36,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Chunks that a register tile of the product in f32 takes at once.
     const DEPTH: usize = 12;
 
+    /// Whether the product finds its left side in strips, too.
+    const STRIPS: bool = false;
+
     /// Runs `op` with the instruction set switched on.
     fn run<T: Op<Self>>(self, op: T) -> T::Out;
     /// The product in f32.
@@ -142,6 +145,23 @@ macro_rules! register_tiles {
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use register_tiles;
+
+/// Writes out what is done for each of the sixteen columns of a chunk: a loop's own instructions would take turns from the
+/// products. The compiler moves nothing from one to the next, as loads that come early push sums out of the registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! for_each_column {
+    ($k:ident $body:block) => { for_each_column!(@ $k $body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    (@ $k:ident $body:block $($number:literal)*) => {$(
+        {
+            const $k: usize = $number;
+            $body
+            std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+        }
+    )*};
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use for_each_column;
 
 /// `eˣ` within 1.2e-7 relative; below −87.3 the smallest normal number, above 88 `e⁸⁸`.
 #[inline(always)]
@@ -282,20 +302,16 @@ pub(crate) unsafe fn tile<S: Simd, const ROWS: usize>(
             if let Some(ahead) = &mut ahead {
                 ahead.step();
             }
-            let mut row = a;
-            // one column a turn: unrolled further, the loads come early and push sums out of the registers
-            for _ in 0..16 {
-                let (left, right) = (s.load(b), s.load(b.add(16 * S::LANES)));
+            for_each_column!(K {
+                let (left, right) = (s.load(b.add(K * S::LANES)), s.load(b.add((16 + K) * S::LANES)));
                 for (i, [x, y]) in sum.iter_mut().enumerate() {
-                    let v = s.splat(*row.add(i * 16));
+                    let v = s.splat(*a.add(i * 16 + K));
                     *x = s.fma(v, left, *x);
                     *y = s.fma(v, right, *y);
                 }
-                row = row.add(1);
-                b = b.add(S::LANES);
-            }
-            a = a.add(S::TILE * 16);
-            b = b.add(16 * S::LANES);
+            });
+            a = a.byte_add(p.a_chunk);
+            b = b.add(2 * 16 * S::LANES);
         }
         for (i, [x, y]) in sum.iter().enumerate() {
             s.store(c.add(i * 2 * S::LANES), *x);

@@ -7,7 +7,7 @@ use super::super::avx512::Avx512;
 use super::super::kernel::Integers;
 use super::super::linear::{F32, Multiply, Scales};
 use super::super::pack::{Acts, Elements, Product, Shape};
-use super::super::simd::{Ahead, Simd, register_tiles};
+use super::super::simd::{Ahead, Simd, for_each_column, register_tiles};
 use super::x86::{output, pack_fours, round_rows};
 
 /// Rows of a register tile.
@@ -47,20 +47,16 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahe
         }
         for _ in 0..p.chunks {
             ahead.step();
-            let mut row = a;
-            // one four a turn: unrolled further, the loads come early and push sums out of the registers
-            for _ in 0..16 {
-                let (left, right) = (_mm512_loadu_si512(b.cast()), _mm512_loadu_si512(b.add(16).cast()));
+            for_each_column!(FOUR {
+                let (left, right) = (_mm512_loadu_si512(b.add(FOUR).cast()), _mm512_loadu_si512(b.add(16 + FOUR).cast()));
                 for (i, [x, y]) in sum.iter_mut().enumerate() {
-                    let v = _mm512_set1_epi32(*row.add(i * 16));
+                    let v = _mm512_set1_epi32(*a.add(i * 16 + FOUR));
                     *x = _mm512_dpbusd_epi32(*x, v, left);
                     *y = _mm512_dpbusd_epi32(*y, v, right);
                 }
-                row = row.add(1);
-                b = b.add(1);
-            }
+            });
             a = a.add(TILE * 16);
-            b = b.add(16);
+            b = b.add(32);
         }
         for (i, [x, y]) in sum.iter().enumerate() {
             _mm512_storeu_si512(c.add(i * COLS).cast(), *x);

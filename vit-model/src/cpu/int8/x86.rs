@@ -35,7 +35,7 @@ impl<F: Multiply, I: Multiply + Integers> Kernel for Mixed<F, I> {
         self.floats.attention_scratch(keys, dim)
     }
 
-    fn strips(&self) -> Option<Elements> {
+    fn strips(&self) -> Option<Shape> {
         self.floats.strips()
     }
 
