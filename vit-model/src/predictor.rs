@@ -194,7 +194,8 @@ impl Predictor {
         let mut pixels = vec![0.0; images.len() * image];
         (pixels.par_chunks_exact_mut(image).zip(images))
             .try_for_each(|(pixels, image)| preprocess.apply_into(image, pixels))?;
-        let output = self.forward(&pixels, images.len())?;
+        let mut output = Output::default();
+        self.forward_head_into(&pixels, images.len(), &mut output)?;
         self.rows(&output, images.len())?.map(|row| self.classify(row, usize::MAX)).collect()
     }
 
@@ -225,15 +226,16 @@ impl Predictor {
         }
     }
 
-    /// As [`forward_into`](Self::forward_into) for who reads no tokens: where candle's modules run, [`Output::features`]
-    /// stays empty. They are by far the most that would have to be fetched from a GPU.
+    /// As [`forward_into`](Self::forward_into) for who reads no tokens: [`Output::features`] stays empty. They are by far the
+    /// most that would have to be fetched from a GPU, and the CPU engine's last block computes none that the head does not
+    /// read.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn forward_head_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
         self.check(pixels, batch)?;
         match &self.model {
-            Model::Engine(engine) => engine.forward_into(pixels, batch, output),
+            Model::Engine(engine) => engine.forward_head_into(pixels, batch, output),
             Model::Modules(modules) => {
                 *output = modules.forward(pixels, batch, false)?;
                 Ok(())

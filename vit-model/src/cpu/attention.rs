@@ -17,8 +17,9 @@ pub(crate) struct Job<'a> {
     pub(crate) k: (From, usize),
     pub(crate) v: (From, usize),
     pub(crate) images: usize,
-    /// Queries of an image; with one alone, all images share it.
+    /// Queries of an image, and how many rows of `q` an image has: none where all share one.
     pub(crate) queries: usize,
+    pub(crate) query_rows: usize,
     /// Rows of an image in `k` and `v`, and the first of them that is a key.
     pub(crate) tokens: usize,
     pub(crate) first_key: usize,
@@ -325,7 +326,7 @@ impl<M: Multiply> Head<'_, M> {
         unsafe {
             let row = self.scratch.add(at.rows).cast::<f32>();
             for i in 0..queries.len() {
-                let query = if job.queries == 1 { 0 } else { self.image * job.queries + queries.start + i };
+                let query = self.image * job.query_rows + queries.start + i;
                 self.row(s, job.norms.map(|(q, _)| q), job.q, query, row);
                 let to = self.tiled(at.queries, chunks, at.queries_low, i);
                 for column in (0..width).step_by(2 * M::S::LANES) {

@@ -171,6 +171,7 @@ impl Steps {
             v: (from, 2 * config.embed_dim),
             images: self.images,
             queries: config.num_tokens(),
+            query_rows: config.num_tokens(),
             tokens: config.num_tokens(),
             first_key: 0,
             heads: config.num_heads,

@@ -337,17 +337,36 @@ impl Engine {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn forward_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
-        let logits = if self.config.num_classes > 0 {
-            Some(output.logits.get_or_insert_default())
-        } else {
-            output.logits = None;
-            None
-        };
-        let (features, pre_logits) = (Some(&mut output.features), Some(&mut output.pre_logits));
+        let Output { logits, features, pre_logits } = output;
+        let logits = self.room_for_logits(logits);
+        let (features, pre_logits) = (Some(features), Some(pre_logits));
         self.run(pixels, batch, Answers { logits, features, pre_logits, blocks: &mut [] })
     }
 
-    /// Pixels → logits alone, or what the head would read where there is none, into a vector that is used again.
+    /// As [`forward_into`](Self::forward_into) for who reads no tokens: [`Output::features`] stays empty. Where the head reads
+    /// the class token, the last block computes no other; what it answers is the same, bit for bit (but for the portable
+    /// kernel).
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_head_into(&self, pixels: &[f32], batch: usize, output: &mut Output) -> Result<()> {
+        let Output { logits, features, pre_logits } = output;
+        features.clear();
+        let logits = self.room_for_logits(logits);
+        self.run(pixels, batch, Answers { logits, features: None, pre_logits: Some(pre_logits), blocks: &mut [] })
+    }
+
+    /// Where logits go, if the model has a head.
+    fn room_for_logits<'a>(&self, logits: &'a mut Option<Vec<f32>>) -> Option<&'a mut Vec<f32>> {
+        if self.config.num_classes == 0 {
+            *logits = None;
+            return None;
+        }
+        Some(logits.get_or_insert_default())
+    }
+
+    /// Pixels → logits alone, or what the head would read where there is none, into a vector that is used again; no more is
+    /// computed than for [`forward_head_into`](Self::forward_head_into).
     ///
     /// # Errors
     /// As [`forward`](Self::forward).

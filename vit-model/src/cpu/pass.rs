@@ -48,7 +48,7 @@ impl Layout {
     fn new(config: &Config, kernel: &dyn Kernel, images: usize) -> Self {
         let (shape, dim, hidden) = (kernel.shape(), config.embed_dim, Net::hidden(config));
         let (patches, rows) = (images * config.num_patches(), images * config.num_tokens());
-        let tail = tail_rows(config, images);
+        let (tail, few) = (tail_rows(config, images), images * head_tokens(config).unwrap_or(1));
         let wide = if config.scale_attn_norm { dim } else { 0 }.max(if config.scale_mlp_norm { hidden } else { 0 });
         let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
         let mut end = 0;
@@ -67,14 +67,29 @@ impl Layout {
             h: take(true, Acts::bytes(shape, rows, hidden)),
             bytes: take(kernel.integers().is_some(), Acts::bytes(block_shape(kernel), rows, dim.max(hidden))),
             pooled: take(config.global_pool != Pool::None, Rows::bytes(2 * images, config.pooled_dim())),
-            tail: take(true, Acts::bytes(shape, tail, config.pooled_dim())),
-            tail_h: take(config.global_pool == Pool::Map, Acts::bytes(shape, images, config.mlp_hidden)),
+            tail: take(true, Acts::bytes(shape, tail.max(few), config.pooled_dim())),
+            tail_h: take(tail_hidden(config) > 0, Acts::bytes(shape, few, tail_hidden(config))),
             tail_p: take(pre > 0, Acts::bytes(shape, tail, pre)),
             pre: take(pre > 0, Rows::bytes(tail, pre)),
             logits: take(config.num_classes > 0, Rows::bytes(tail, config.num_classes)),
             end: 0,
         };
         Self { end, ..this }
+    }
+}
+
+/// Tokens of an image that the head reads, its first, where those are all that is asked of the last block.
+fn head_tokens(config: &Config) -> Option<usize> {
+    let first = config.global_pool == Pool::Token && config.depth > 0;
+    first.then_some(if config.dist_token { 2 } else { 1 })
+}
+
+/// Hidden values of the MLP over rows that the head reads: of attention pooling, or of the last block.
+fn tail_hidden(config: &Config) -> usize {
+    if config.global_pool == Pool::Map {
+        config.mlp_hidden
+    } else {
+        head_tokens(config).map_or(0, |_| Net::hidden(config))
     }
 }
 
@@ -118,6 +133,8 @@ pub(super) struct Pass<'a> {
     threads: usize,
     /// Whether tokens alone are wanted, and the head is not.
     headless: bool,
+    /// Tokens of an image that the last block is to compute, where nobody sees the others.
+    few: Option<usize>,
     /// Copies of the tokens that leave a block: where the tap of that block begins.
     taps: Vec<(usize, Rows)>,
     patches: Acts,
@@ -153,6 +170,9 @@ impl<'a> Pass<'a> {
         let room = workspace.images;
         let layout = Layout::new(config, kernel, room);
         let (patches, rows, tail) = (room * config.num_patches(), room * config.num_tokens(), tail_rows(config, room));
+        let (few, few_rows) = (head_tokens(config), room * head_tokens(config).unwrap_or(1));
+        let headless = answers.logits.is_none() && answers.pre_logits.is_none();
+        let unseen = !headless && answers.features.is_none() && answers.blocks.is_empty();
         let at = |offset| workspace.start().wrapping_add(offset);
         let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
         let tokens = images * config.num_tokens() * dim;
@@ -168,7 +188,8 @@ impl<'a> Pass<'a> {
             pixels,
             images,
             threads: engine.pool.count(),
-            headless: answers.logits.is_none() && answers.pre_logits.is_none(),
+            headless,
+            few: few.filter(|_| unseen),
             taps,
             patches: Acts::new(at(layout.patches), shape, patches, Net::patch_len(config)),
             embedded: Rows::new(at(layout.embedded), dim),
@@ -180,8 +201,8 @@ impl<'a> Pass<'a> {
             h: Acts::new(at(layout.h), shape, rows, hidden),
             bytes: Acts::new(at(layout.bytes), block_shape(kernel), rows, dim.max(hidden)),
             pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
-            tail: Acts::new(at(layout.tail), shape, tail, config.pooled_dim()),
-            tail_h: Acts::new(at(layout.tail_h), shape, room, config.mlp_hidden),
+            tail: Acts::new(at(layout.tail), shape, tail.max(few_rows), config.pooled_dim()),
+            tail_h: Acts::new(at(layout.tail_h), shape, few_rows, tail_hidden(config)),
             tail_p: Acts::new(at(layout.tail_p), shape, tail, pre),
             pre: Rows::new(at(layout.pre), pre),
             logits: Rows::new(at(layout.logits), config.num_classes),
@@ -219,7 +240,8 @@ impl<'a> Pass<'a> {
     pub(super) fn steps(&self, worker: &Worker<'_>, first: usize, blocks: &[Block]) {
         let _entered = self.kernel().enter();
         for (i, block) in (first..).zip(blocks) {
-            self.block(worker, block);
+            let few = self.few.filter(|_| i + 1 == self.config().depth);
+            self.block(worker, block, few);
             for (_, tap) in self.taps.iter().filter(|(block, _)| *block == i) {
                 self.copy_rows(worker, *tap);
             }
@@ -233,7 +255,8 @@ impl<'a> Pass<'a> {
         if let Some(norm) = &net.norm
             && (self.taps.is_empty() || !self.headless)
         {
-            self.norm(worker, norm, self.x, self.rows(), NormTo::Rows(self.x));
+            let (rows, x) = self.few.map_or((self.rows(), self.x), |few| (self.images * few, self.pooled));
+            self.norm(worker, norm, x, rows, NormTo::Rows(x));
         }
         if !self.headless {
             self.head(worker, net);
@@ -289,36 +312,46 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// `x += attn(norm1(x))`, then `x += mlp(norm2(x))`.
-    fn block(&self, worker: &Worker<'_>, block: &Block) {
-        let (config, rows) = (self.config(), self.rows());
-        let a = self.norm_for(worker, &block.qkv, &block.norm1, self.x, rows, self.a);
+    /// `x += attn(norm1(x))`, then `x += mlp(norm2(x))`; of the `few` first tokens of each image alone, it goes to `pooled`:
+    /// the others are their keys and values, and no more.
+    fn block(&self, worker: &Worker<'_>, block: &Block, few: Option<usize>) {
+        let (config, tokens) = (self.config(), self.config().num_tokens());
+        let a = self.norm_for(worker, &block.qkv, &block.norm1, self.x, self.rows(), self.a);
         let (to, from) = self.between;
-        self.linear(worker, &block.qkv, a, rows, None, to);
+        self.linear(worker, &block.qkv, a, self.rows(), None, to);
+        let (queries, x, to, hidden) = match few {
+            None => (tokens, self.x, self.a, self.h),
+            Some(few) => {
+                worker.each(self.images, |image| self.pool(image));
+                (few, self.pooled, self.tail, self.tail_h)
+            }
+        };
+        let rows = self.images * queries;
         let job = attention::Job {
             q: (from, 0),
             k: (from, config.embed_dim),
             v: (from, 2 * config.embed_dim),
             images: self.images,
-            queries: config.num_tokens(),
-            tokens: config.num_tokens(),
+            queries,
+            query_rows: tokens,
+            tokens,
             first_key: 0,
             heads: config.num_heads,
             dim: config.head_dim(),
             norms: block.qk_norm.as_ref().map(|(q, k)| (q, k)),
             to: match block.attn_norm {
-                None => attention::To::Acts(self.a),
+                None => attention::To::Acts(to),
                 Some(_) => attention::To::Rows(self.wide),
             },
         };
         self.attention(worker, &job);
         let a = match &block.attn_norm {
-            None => self.a,
-            Some(norm) => self.norm_for(worker, &block.proj, norm, self.wide, rows, self.a),
+            None => to,
+            Some(norm) => self.norm_for(worker, &block.proj, norm, self.wide, rows, to),
         };
-        self.linear(worker, &block.proj, a, rows, None, To::Rows(self.x, Add::Residual));
-        let a = self.norm_for(worker, &block.mlp.fc1, &block.norm2, self.x, rows, self.a);
-        self.mlp(worker, &block.mlp, rows, [a, self.h], self.x);
+        self.linear(worker, &block.proj, a, rows, None, To::Rows(x, Add::Residual));
+        let a = self.norm_for(worker, &block.mlp.fc1, &block.norm2, x, rows, to);
+        self.mlp(worker, &block.mlp, rows, [a, hidden], x);
     }
 
     /// `to += fc2(norm(act(fc1(from))))`, by way of `hidden`.
@@ -343,7 +376,7 @@ impl<'a> Pass<'a> {
         let rows = tail_rows(config, self.images);
         if let Some(pool) = &net.attn_pool {
             self.attn_pool(worker, pool);
-        } else if config.global_pool != Pool::None {
+        } else if config.global_pool != Pool::None && self.few.is_none() {
             worker.each(self.images, |image| self.pool(image));
         }
         let pooled = self.pooled();
@@ -448,6 +481,7 @@ impl<'a> Pass<'a> {
             v: (attention::From::Rows(self.qkv), dim),
             images: self.images,
             queries: 1,
+            query_rows: 0,
             tokens: config.num_tokens(),
             first_key: if config.pool_include_prefix { 0 } else { config.num_prefix_tokens() },
             heads: config.num_heads,

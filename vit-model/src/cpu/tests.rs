@@ -258,6 +258,19 @@ fn every_switch_and_kernel_against_f64() {
                 let error = error(found, expected);
                 assert!(error < tolerance, "{name}: {isa} {precision}: {what} differ by {error:e}");
             }
+            // what is computed for the head alone is the same
+            let (mut head, mut alone) = (Output::default(), vec![]);
+            engine.forward_head_into(&pixels(&config, 3), 3, &mut head).unwrap();
+            engine.logits_into(&pixels(&config, 3), 3, &mut alone).unwrap();
+            assert!(head.features.is_empty());
+            if isa == Isa::Portable {
+                // `gemm` chooses its kernel by the number of rows
+                assert!(error(&alone, &expected[0]) < tolerance, "{name}: {isa} {precision}: logits alone");
+                assert!(error(&head.pre_logits, &expected[2]) < tolerance, "{name}: {isa} {precision}: pre_logits");
+            } else {
+                assert_eq!(&alone, logits, "{name}: {isa} {precision}: logits alone");
+                assert_eq!(head, Output { features: vec![], ..output }, "{name}: {isa} {precision}: the head alone");
+            }
         }
     }
 }
@@ -324,6 +337,10 @@ fn a_streamed_model_answers_the_same_bits() {
                 assert!(streamed.weight_bytes() < held.weight_bytes());
                 let answer = streamed.forward(&pixels, 2).unwrap();
                 assert_eq!(answer, held.forward(&pixels, 2).unwrap(), "{name}: {isa} {precision}, {depth} deep");
+                let [mut alone, mut want] = [vec![], vec![]];
+                streamed.logits_into(&pixels, 2, &mut alone).unwrap();
+                held.logits_into(&pixels, 2, &mut want).unwrap();
+                assert_eq!(alone, want, "{name}: {isa} {precision}, {depth} deep: logits alone");
                 let last = [depth - 1, 0];
                 let tokens = streamed.intermediates(&pixels, 2, &last).unwrap();
                 assert_eq!(tokens, held.intermediates(&pixels, 2, &last).unwrap(), "{name}: {isa} {precision}");
