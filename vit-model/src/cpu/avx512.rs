@@ -198,8 +198,11 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     const BLOCK: usize = 12;
     const COLS: usize = COLS;
     const RUN: usize = 16;
-    const DEPTH: usize = DEPTH;
+    // with so many chunks at once sums are loaded and stored once or not at all
+    const DEPTH: usize = 2 * DEPTH;
+    const PANELS: usize = 2;
     const STRIPS: bool = true;
+    const FOLLOWS: bool = true;
 
     #[inline(always)]
     fn run<T: Op<Self>>(self, op: T) -> T::Out {

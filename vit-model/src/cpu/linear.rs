@@ -23,8 +23,8 @@ pub(crate) trait Multiply: Copy + Send + Sync + 'static {
     const QUERIES: usize;
     /// Whether attention reads [`Strips`], whose rows are those of a chunk.
     const STRIPS: bool = false;
-    /// Whether the product calls what follows it, between its own steps: where it runs in a unit of its own, the vector
-    /// unit would otherwise wait meanwhile.
+    /// Whether the product calls what follows it, between its own steps: sums are still near, and where it runs in a unit of
+    /// its own, the vector unit would otherwise wait meanwhile.
     const FOLLOWS: bool = false;
 
     fn simd(self) -> Self::S;
@@ -143,7 +143,9 @@ impl<S: Simd> Multiply for F32<S> {
     const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
     const DEPTH: usize = S::DEPTH;
     const QUERIES: usize = S::BLOCK;
+    const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: S::PANELS };
     const STRIPS: bool = S::STRIPS;
+    const FOLLOWS: bool = S::FOLLOWS;
 
     #[inline(always)]
     fn simd(self) -> S {
@@ -560,8 +562,9 @@ impl<M: Multiply> Finish<'_, M> {
                     }
                 }
                 To::Strips(strips) => {
+                    let top = strips.row_of(M::Attention::SHAPE.elements, row, first);
                     for i in rows {
-                        let to = strips.row(row + i, first);
+                        let to = top.below(i);
                         for j in (0..width).step_by(2 * lanes) {
                             to.put_pair(s, j, values.at::<A>(s, i, j), values.at::<A>(s, i, j + lanes));
                         }

@@ -221,6 +221,12 @@ impl ActsRow {
         Self { start: tile.wrapping_add(row * CHUNK_BYTES), step, plane, elements: shape.elements }
     }
 
+    /// The row so far below, in the same tile or strip.
+    #[inline(always)]
+    pub(crate) fn below(self, rows: usize) -> Self {
+        Self { start: self.start.wrapping_add(rows * CHUNK_BYTES), ..self }
+    }
+
     #[inline(always)]
     fn at(&self, column: usize) -> *mut u8 {
         let offset = match self.elements {
@@ -378,10 +384,11 @@ impl Strips {
         self.start.wrapping_add(column / self.elements.chunk() * self.strip + row * CHUNK_BYTES)
     }
 
-    /// The columns of a row from a strip's first on, to be written.
+    /// The columns of a row from a strip's first on, to be written, where the elements are known when the code is compiled.
     #[inline(always)]
-    pub(crate) fn row(&self, row: usize, column: usize) -> ActsRow {
-        ActsRow { start: self.at(row, column), step: self.strip, plane: self.plane, elements: self.elements }
+    pub(crate) fn row_of(&self, elements: Elements, row: usize, column: usize) -> ActsRow {
+        debug_assert_eq!(elements, self.elements);
+        ActsRow { start: self.at(row, column), step: self.strip, plane: self.plane, elements }
     }
 }
 

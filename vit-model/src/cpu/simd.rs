@@ -35,6 +35,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const RUN: usize;
     /// Chunks that a register tile of the product in f32 takes at once.
     const DEPTH: usize = 12;
+    /// Panels that the product in f32 goes through before it comes to the next chunks.
+    const PANELS: usize = 4;
+    /// Whether the product calls what follows it, after each register tile, whose sums are then near.
+    const FOLLOWS: bool = false;
 
     /// Whether the product finds its left side in strips, too.
     const STRIPS: bool = false;
@@ -122,9 +126,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn fetch_far(self, _p: *const u8) {}
 }
 
-/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has. The next panel is fetched
-/// meanwhile, in as many `steps` as `rows` takes in each tile. Not a function, as N is a constant in each arm. As unsafe as
-/// `rows`.
+/// Runs `rows::<N>` for each register tile of a product, where N is how many rows the tile has, and then what follows. The
+/// next panel is fetched meanwhile, in as many `steps` as `rows` takes in each tile. Not a function, as N is a constant in
+/// each arm. As unsafe as `rows`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! register_tiles {
     (
@@ -137,6 +141,9 @@ macro_rules! register_tiles {
             match p.rows - first {
                 $($fewer => register_tiles!(@of $fewer $rows $also(p, first, &mut ahead)),)*
                 _ => register_tiles!(@of $whole $rows $also(p, first, &mut ahead)),
+            }
+            if let Some(follow) = p.follow {
+                follow(first..p.rows.min(first + $whole));
             }
         }
     }};
