@@ -112,23 +112,20 @@ pub(crate) struct Scales {
 pub(crate) enum Blocking {
     /// `DEPTH` chunks of some rows stay in the second-level cache while a few panels pass by, then the next ones.
     Chunks { rows: usize, panels: usize },
-    /// Rows of all their chunks stay there, as far as `bytes` go, while panels pass by one by one; where they do not fit,
-    /// as many chunks as do, with the sums of the panels beside them. At least `least` rows, at most `most`.
+    /// Rows of all their chunks stay there, as far as `bytes` go, while panels pass by one by one; at least `least` rows, at
+    /// most `most`. Where not even `least` fit, the sums of many panels stay there instead, while chunks pass by.
     Rows { bytes: usize, least: usize, most: usize },
 }
 
 /// The most panels whose sums lie beside each other, under [`Blocking::Rows`].
-const SIDE_BY_SIDE: usize = 12;
+const SIDE_BY_SIDE: usize = 24;
 
 impl Blocking {
     /// Rows of sums that a unit needs.
     const fn sums(self, tile: usize) -> usize {
         match self {
             Self::Chunks { rows, panels } => panels * (rows + 2 * tile + 32),
-            Self::Rows { least, most, .. } => {
-                let side_by_side = SIDE_BY_SIDE * (least + 32);
-                if most + 32 > side_by_side { most + 32 } else { side_by_side }
-            }
+            Self::Rows { most, .. } => SIDE_BY_SIDE * (most + 32),
         }
     }
 }
@@ -307,16 +304,16 @@ impl Plan {
                 Self { block, group, span: M::DEPTH }
             }
             Blocking::Rows { bytes, least, most } => {
-                let row = chunks * CHUNK_BYTES * M::SHAPE.elements.planes();
-                let block = even((bytes / row / tile * tile).clamp(least, most));
-                // more than one only where `least` rows are too many, so that sums beside each other are of no more rows
-                let spans = (block * row).div_ceil(bytes).min(chunks.div_ceil(M::DEPTH));
-                if spans <= 1 {
-                    return Self { block, group: 1, span: chunks };
+                let fit = bytes / (chunks * CHUNK_BYTES * M::SHAPE.elements.planes()) / tile * tile;
+                if fit >= least {
+                    return Self { block: even(fit.min(most)), group: 1, span: chunks };
                 }
-                // two units a thread at least, so that one that is slowed leaves some to the others
+                // two units a thread at least, so that one that is slowed leaves some to the others: of all panels beside
+                // each other, if that can be, as rows are then read once
+                let blocks = (2 * threads).clamp(rows.div_ceil(most), rows.div_ceil(least));
+                let block = even(rows.div_ceil(blocks).next_multiple_of(tile));
                 let group = (rows.div_ceil(block) * count).div_ceil(2 * threads).clamp(1, SIDE_BY_SIDE);
-                Self { block, group, span: chunks.div_ceil(spans).next_multiple_of(M::DEPTH) }
+                Self { block, group: count.div_ceil(count.div_ceil(group)), span: M::DEPTH }
             }
         }
     }
