@@ -206,9 +206,9 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
         Shape { elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 }, tile: TILE, cols: COLS, run: TILE };
     /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other.
     const DEPTH: usize = if SPLIT { 8 } else { 12 };
-    /// Two thirds of the second-level cache, a third of narrow rows, whose results pass through it too; fewer would read
-    /// the weights too often.
-    const BLOCKING: Blocking = Blocking::Rows { bytes: 1300 << 10, least: 208, most: 400 };
+    /// Half of the second-level cache for rows or for sums, as results pass through it too; fewer rows would read the weights
+    /// too often.
+    const BLOCKING: Blocking = Blocking::Rows { bytes: 1150 << 10, least: 208, most: 400 };
     const QUERIES: usize = 2 * TILE;
     const FOLLOWS: bool = true;
     const STRIPS: bool = true;

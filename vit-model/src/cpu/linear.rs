@@ -112,8 +112,8 @@ pub(crate) struct Scales {
 pub(crate) enum Blocking {
     /// `DEPTH` chunks of some rows stay in the second-level cache while a few panels pass by, then the next ones.
     Chunks { rows: usize, panels: usize },
-    /// Rows of all their chunks stay there, as far as `bytes` go, while panels pass by one by one; at least `least` rows, at
-    /// most `most`. Where not even `least` fit, the sums of many panels stay there instead, while chunks pass by.
+    /// Rows of all their chunks stay there, at most `most`, while panels pass by one by one. Where so many are larger than
+    /// `bytes`, the sums of many panels stay there instead, of `least` rows at least, while chunks pass by.
     Rows { bytes: usize, least: usize, most: usize },
 }
 
@@ -305,8 +305,8 @@ impl Plan {
             }
             Blocking::Rows { bytes, least, most } => {
                 let fit = bytes / (chunks * CHUNK_BYTES * M::SHAPE.elements.planes()) / tile * tile;
-                if fit >= least {
-                    return Self { block: even(fit.min(most)), group: 1, span: chunks };
+                if fit >= rows.min(most) {
+                    return Self { block: even(most), group: 1, span: chunks };
                 }
                 // two units a thread at least, so that one that is slowed leaves some to the others: of all panels beside
                 // each other, if that can be, as rows are then read once
