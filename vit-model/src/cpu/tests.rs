@@ -298,6 +298,31 @@ fn threads_and_batches_do_not_change_a_bit() {
     }
 }
 
+/// fc2's rows are too long for all of them to stay in a cache: its sums stay there instead, in several blocks of rows and
+/// groups of panels.
+#[test]
+fn layers_of_long_rows_against_f64() {
+    let config = Config { embed_dim: 128, num_heads: 2, mlp_hidden: 3072, depth: 1, img_size: [66, 50], ..base() };
+    let (reference, weights) = model(&config);
+    let [_, expected, _] = expected(&config, &reference, 4);
+    for (isa, precision) in kernels() {
+        let [one, other] = [1, 3].map(|threads| {
+            let engine = engine(&config, &weights, isa, precision, threads);
+            (engine.precision(), engine.forward_features(&pixels(&config, 4), 4).unwrap())
+        });
+        assert_eq!(one, other, "{isa} {precision}");
+        // as above
+        let tolerance = match one.0 {
+            Precision::Int8 => 0.15,
+            Precision::Bf16 => 6e-2,
+            Precision::Bf16x3 => 5e-5,
+            _ => 1e-5,
+        };
+        let error = error(&one.1, &expected);
+        assert!(error < tolerance, "{isa} {precision}: features differ by {error:e}");
+    }
+}
+
 #[test]
 fn every_kernel_packs_as_the_layout_says() {
     for (isa, precision) in kernels() {
