@@ -13,9 +13,9 @@ const TILE: usize = 12;
 const COLS: usize = 32;
 /// Bytes of a run of columns in a chunk of a panel: sixteen vectors.
 pub(crate) const RUN_BYTES: usize = 16 * CHUNK_BYTES;
-/// Chunks that a register tile takes at once. A panel's do not fit the first-level cache; the vectors come from the second
-/// in time, as there are 12 products for each, and the sums are loaded and stored half as often.
-const DEPTH: usize = 24;
+/// Chunks that a register tile takes at once in bf16. A panel's do not fit the first-level cache; the vectors come from the
+/// second in time, as there are 12 products for each, and the sums are loaded and stored half as often.
+const BF16_DEPTH: usize = 24;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOT` also its instructions for bf16, which dot pairs and round.
 #[derive(Clone, Copy, Debug)]
@@ -198,8 +198,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     const BLOCK: usize = 12;
     const COLS: usize = COLS;
     const RUN: usize = 16;
-    // with so many chunks at once sums are loaded and stored once or not at all
-    const DEPTH: usize = 2 * DEPTH;
+    // as many values of a row as in bf16: sums of the usual widths are loaded and stored once or not at all
+    const DEPTH: usize = 2 * BF16_DEPTH;
     const PANELS: usize = 2;
     const STRIPS: bool = true;
     const FOLLOWS: bool = true;
@@ -414,7 +414,7 @@ impl Multiply for Bf16 {
     type S = Dot;
     type Attention = Self;
     const SHAPE: Shape = Shape { elements: Elements::Bf16, tile: TILE, cols: COLS, run: 16 };
-    const DEPTH: usize = DEPTH;
+    const DEPTH: usize = BF16_DEPTH;
     const QUERIES: usize = TILE;
 
     #[inline(always)]
@@ -448,7 +448,7 @@ impl Multiply for Bf16x3 {
     type S = Dot;
     type Attention = F32<Dot>;
     const SHAPE: Shape = Shape { elements: Elements::Bf16x3, ..Bf16::SHAPE };
-    const DEPTH: usize = DEPTH;
+    const DEPTH: usize = BF16_DEPTH;
     const QUERIES: usize = <F32<Dot> as Multiply>::QUERIES;
 
     #[inline(always)]

@@ -290,11 +290,9 @@ impl Plan {
     /// For so many rows, `count` panels and `chunks` chunks of each.
     fn new<M: Multiply>(rows: usize, count: usize, chunks: usize, threads: usize) -> Self {
         let tile = M::SHAPE.tile;
-        // at most `most` rows, of which there are whole tiles
-        let even = |most: usize| {
-            let blocks = rows.div_ceil(most).max(1);
-            rows.div_ceil(blocks).next_multiple_of(tile)
-        };
+        // the rows of each of so many blocks, whole tiles; or of as few blocks as `most` rows allow
+        let rows_of = |blocks: usize| rows.div_ceil(blocks).next_multiple_of(tile);
+        let even = |most: usize| rows_of(rows.div_ceil(most).max(1));
         match M::BLOCKING {
             Blocking::Chunks { rows: most, panels } => {
                 let block = even(most);
@@ -304,14 +302,14 @@ impl Plan {
                 Self { block, group, span: M::DEPTH }
             }
             Blocking::Rows { bytes, least, most } => {
-                let fit = bytes / (chunks * CHUNK_BYTES * M::SHAPE.elements.planes()) / tile * tile;
-                if fit >= rows.min(most) {
+                let row = chunks * CHUNK_BYTES * M::SHAPE.elements.planes();
+                if rows.min(most) * row <= bytes {
                     return Self { block: even(most), group: 1, span: chunks };
                 }
                 // two units a thread at least, so that one that is slowed leaves some to the others: of all panels beside
                 // each other, if that can be, as rows are then read once
                 let blocks = (2 * threads).clamp(rows.div_ceil(most), rows.div_ceil(least));
-                let block = even(rows.div_ceil(blocks).next_multiple_of(tile));
+                let block = rows_of(blocks);
                 let group = (rows.div_ceil(block) * count).div_ceil(2 * threads).clamp(1, SIDE_BY_SIDE);
                 Self { block, group: count.div_ceil(count.div_ceil(group)), span: M::DEPTH }
             }

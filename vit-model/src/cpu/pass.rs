@@ -48,7 +48,7 @@ impl Layout {
     fn new(config: &Config, kernel: &dyn Kernel, images: usize) -> Self {
         let (shape, dim, hidden) = (kernel.shape(), config.embed_dim, Net::hidden(config));
         let (patches, rows) = (images * config.num_patches(), images * config.num_tokens());
-        let (tail, few) = (tail_rows(config, images), images * head_tokens(config).unwrap_or(1));
+        let (tail, few) = (tail_rows(config, images), few_rows(config, images));
         let wide = if config.scale_attn_norm { dim } else { 0 }.max(if config.scale_mlp_norm { hidden } else { 0 });
         let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
         let mut end = 0;
@@ -84,7 +84,12 @@ fn head_tokens(config: &Config) -> Option<usize> {
     first.then_some(if config.dist_token { 2 } else { 1 })
 }
 
-/// Hidden values of the MLP over rows that the head reads: of attention pooling, or of the last block.
+/// Rows of an MLP over what the head reads: of attention pooling, or of the last block.
+fn few_rows(config: &Config, images: usize) -> usize {
+    images * head_tokens(config).unwrap_or(1)
+}
+
+/// Its hidden values.
 fn tail_hidden(config: &Config) -> usize {
     if config.global_pool == Pool::Map {
         config.mlp_hidden
@@ -170,9 +175,9 @@ impl<'a> Pass<'a> {
         let room = workspace.images;
         let layout = Layout::new(config, kernel, room);
         let (patches, rows, tail) = (room * config.num_patches(), room * config.num_tokens(), tail_rows(config, room));
-        let (few, few_rows) = (head_tokens(config), room * head_tokens(config).unwrap_or(1));
         let headless = answers.logits.is_none() && answers.pre_logits.is_none();
         let unseen = !headless && answers.features.is_none() && answers.blocks.is_empty();
+        let few = few_rows(config, room);
         let at = |offset| workspace.start().wrapping_add(offset);
         let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
         let tokens = images * config.num_tokens() * dim;
@@ -189,7 +194,7 @@ impl<'a> Pass<'a> {
             images,
             threads: engine.pool.count(),
             headless,
-            few: few.filter(|_| unseen),
+            few: head_tokens(config).filter(|_| unseen),
             taps,
             patches: Acts::new(at(layout.patches), shape, patches, Net::patch_len(config)),
             embedded: Rows::new(at(layout.embedded), dim),
@@ -201,8 +206,8 @@ impl<'a> Pass<'a> {
             h: Acts::new(at(layout.h), shape, rows, hidden),
             bytes: Acts::new(at(layout.bytes), block_shape(kernel), rows, dim.max(hidden)),
             pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
-            tail: Acts::new(at(layout.tail), shape, tail.max(few_rows), config.pooled_dim()),
-            tail_h: Acts::new(at(layout.tail_h), shape, few_rows, tail_hidden(config)),
+            tail: Acts::new(at(layout.tail), shape, tail.max(few), config.pooled_dim()),
+            tail_h: Acts::new(at(layout.tail_h), shape, few, tail_hidden(config)),
             tail_p: Acts::new(at(layout.tail_p), shape, tail, pre),
             pre: Rows::new(at(layout.pre), pre),
             logits: Rows::new(at(layout.logits), config.num_classes),

@@ -39,7 +39,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const PANELS: usize = 4;
     /// Whether the product calls what follows it, after each register tile, whose sums are then near.
     const FOLLOWS: bool = false;
-
     /// Whether the product finds its left side in strips, too.
     const STRIPS: bool = false;
 

@@ -190,6 +190,18 @@ fn error(found: &[f32], expected: &[f64]) -> f64 {
     worst / largest.max(1e-30)
 }
 
+/// How far a pass may be from f64. f32 rounds to 6e-8 a step, and a few hundred steps add up in a random walk, on weights that
+/// amplify; bf16 rounds to 4e-3, and bf16 x 3 drops a product of two such roundings, 1.5e-5; int8 rounds to 4e-3 of the
+/// largest value of a row.
+fn tolerance(precision: Precision) -> f64 {
+    match precision {
+        Precision::Int8 => 0.15,
+        Precision::Bf16 => 6e-2,
+        Precision::Bf16x3 => 5e-5,
+        _ => 1e-5,
+    }
+}
+
 /// The kernel to test; AMX in emulation, where there is AVX-512 for the rest but no AMX, or where it is asked for: a
 /// sanitizer sees what plain Rust reads and writes, but not what a tile does.
 fn kernel(isa: Isa, precision: Precision) -> (Box<dyn Kernel>, Isa, Precision) {
@@ -241,15 +253,7 @@ fn every_switch_and_kernel_against_f64() {
             let engine = engine(&config, &weights, isa, precision, 2);
             let output = engine.forward(&pixels(&config, 3), 3).unwrap();
             let logits = output.logits.as_ref().unwrap_or(&output.pre_logits);
-            // f32 rounds to 6e-8 a step, and a few hundred steps add up in a random walk, on weights that amplify;
-            // bf16 rounds to 4e-3, and bf16 x 3 drops a product of two such roundings, 1.5e-5; int8 rounds to 4e-3 of the
-            // largest value of a row
-            let tolerance = match engine.precision() {
-                Precision::Int8 => 0.15,
-                Precision::Bf16 => 6e-2,
-                Precision::Bf16x3 => 5e-5,
-                _ => 1e-5,
-            };
+            let tolerance = tolerance(engine.precision());
             for (what, found, expected) in [
                 ("logits", logits, &expected[0]),
                 ("features", &output.features, &expected[1]),
@@ -311,15 +315,8 @@ fn layers_of_long_rows_against_f64() {
             (engine.precision(), engine.forward_features(&pixels(&config, 4), 4).unwrap())
         });
         assert_eq!(one, other, "{isa} {precision}");
-        // as above
-        let tolerance = match one.0 {
-            Precision::Int8 => 0.15,
-            Precision::Bf16 => 6e-2,
-            Precision::Bf16x3 => 5e-5,
-            _ => 1e-5,
-        };
         let error = error(&one.1, &expected);
-        assert!(error < tolerance, "{isa} {precision}: features differ by {error:e}");
+        assert!(error < tolerance(one.0), "{isa} {precision}: features differ by {error:e}");
     }
 }
 
