@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use vit_model::{Dtype, Weights as _, safetensors::Safetensors, weights::check_finite};
+use vit_model::{Dtype, Weights as _, checkpoint::safetensors::Safetensors, weights::check_finite};
 
 use crate::support::{Parts, finish, root, vit_cli};
 
@@ -37,8 +37,8 @@ fn a_header_that_lies_is_refused() {
         (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 9, "describes 8"),
         (r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8, "`a` is F32 [3]"),
         (r#"{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,8]}}"#, 8, "`a` is F16 [2]"),
-        (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8, "`a` lies at bytes 8 to 0"),
-        (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "`a` lies at bytes 4 to 8"),
+        (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8, "`a` is at bytes 8 to 0"),
+        (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "`a` is at bytes 4 to 8"),
         (r#"{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]}}"#, 8, "unknown type"),
         (r#"{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}"#, 8, "damaged header"),
         (r#"{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}"#, 8, "damaged header"),
@@ -60,12 +60,12 @@ fn a_header_that_lies_is_refused() {
         (
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
             12,
-            "`b` lies at",
+            "`b` is at",
         ),
         (
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[12,20]}}"#,
             20,
-            "`b` lies at",
+            "`b` is at",
         ),
         (r#"{"__metadata__":{"k":1}}"#, 0, "damaged header"),
         (r#"{"__metadata__":{"k":"1","k":"2"}}"#, 0, "stands twice"),

@@ -131,7 +131,7 @@ fn bench_compares_every_kernel_and_precision_of_the_machine() {
     let runs = last["runs"].as_array().unwrap();
     let names: Vec<_> =
         runs.iter().map(|run| (run["kernel"].as_str().unwrap(), run["precision"].as_str().unwrap())).collect();
-    let kernels = vit_model::cpu::Isa::ALL.into_iter().filter(|isa| isa.available()).map(vit_model::cpu::Isa::name);
+    let kernels = vit_model::Isa::ALL.into_iter().filter(|isa| isa.available()).map(vit_model::Isa::name);
     for kernel in kernels.chain(["candle-cpu"]) {
         assert!(names.iter().any(|(name, _)| *name == kernel), "{kernel} in {names:?}");
     }

@@ -39,7 +39,7 @@ fn answers_as_pytorch_does() {
 /// VNNI, where PyTorch's two best classes of an image are at least 0.084 apart.
 #[test]
 fn rougher_precisions_keep_every_class() {
-    use vit_model::cpu::Isa;
+    use vit_model::Isa;
     compare_with_pytorch(&["--device", "cpu", "--precision", "bf16"], None, 0.02);
     for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
         let mut asks = vit_cli();
@@ -57,7 +57,7 @@ fn rougher_precisions_keep_every_class() {
 }
 
 /// The answers with these arguments, of these kernels.
-fn compare_with_pytorch(arguments: &[&str], isa: Option<vit_model::cpu::Isa>, tolerance: f32) {
+fn compare_with_pytorch(arguments: &[&str], isa: Option<vit_model::Isa>, tolerance: f32) {
     let (pixels, labels) = heldout();
     let want = &read_safetensors(&root().join("tests/fixtures/digits/pytorch.safetensors"))["probabilities"];
     let folder = tempfile::tempdir().unwrap();
@@ -107,17 +107,17 @@ fn logits_equal_pytorchs() {
 #[test]
 fn the_embedded_file_is_what_vit_convert_writes() {
     let folder = root().join("weights/digits");
-    let embedded = vit_model::load::open(&folder.join("model.safetensors")).unwrap();
-    let preprocess = vit_model::PreprocessConfig { crop_pct: 1.0, ..embedded.info.preprocess.clone() };
+    let embedded = vit_model::checkpoint::open(&folder.join("model.safetensors")).unwrap();
+    let mut preprocess = embedded.info.preprocess.clone();
+    preprocess.crop_pct = 1.0;
     let labels = std::fs::read_to_string(folder.join("labels.txt")).unwrap().lines().map(str::to_owned).collect();
-    let options =
-        vit_convert::Options { labels: Some(labels), preprocess: Some(preprocess), ..vit_convert::Options::default() };
-    let converted = vit_convert::convert(&folder.join("model.onnx"), &options).unwrap();
+    let options = vit_convert::Options::new().labels(labels).preprocess(preprocess);
+    let converted = vit_convert::convert(folder.join("model.onnx"), &options).unwrap();
 
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("model.safetensors");
     write_to(&path, &converted).unwrap();
-    let written = vit_model::load::open(&path).unwrap();
+    let written = vit_model::checkpoint::open(&path).unwrap();
     let document = |info: &vit_model::ModelInfo| {
         let mut document = serde_json::to_value(info).unwrap();
         document["verified"]["max_abs"].take();

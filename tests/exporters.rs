@@ -1,6 +1,6 @@
-//! The README's table of exporters and what is recovered from each: measured on the fixtures, not written by hand.
+//! The guide's table of exporters and what is recovered from each: measured on the fixtures, not written by hand.
 //!
-//! The test fails where the README says something else; with `VIT_BLESS=1` it writes what it found.
+//! The test fails if the guide says something else; with `VIT_BLESS=1` it writes what it found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -56,13 +56,13 @@ fn note(case: &Path, config: &serde_json::Value, row: &mut Row) {
     row.files += 1;
     row.opsets.extend(config["opset"].as_i64());
     let name = case.display();
-    let converted = match convert(&case.join("model.onnx"), &Options::default()) {
+    let converted = match convert(case.join("model.onnx"), &Options::default()) {
         Ok(converted) => converted,
         Err(error) => return assert_eq!(config["expect"], "either", "{name}: {error}"),
     };
     row.converted += 1;
-    row.worst = row.worst.max(converted.verified.as_ref().map_or(f64::INFINITY, |v| v.max_rel));
-    for evidence in &converted.imported.evidence {
+    row.worst = row.worst.max(converted.verified().map_or(f64::INFINITY, |v| v.max_rel));
+    for evidence in &converted.imported().evidence {
         let facts = [("num_heads", "heads"), ("ln_eps", "ε"), ("act", "activation")];
         if let Some((_, fact)) = facts.iter().find(|(start, _)| evidence.what.starts_with(start)) {
             let op = match (*fact, evidence.op.as_str()) {
@@ -73,7 +73,7 @@ fn note(case: &Path, config: &serde_json::Value, row: &mut Row) {
         }
     }
     let Ok(truth) = std::fs::read(case.join("truth.json")) else {
-        let steps = converted.imported.provenance.values().flat_map(|p| &p.by);
+        let steps = converted.imported().provenance.values().flat_map(|p| &p.by);
         let dequantised = steps.clone().any(|s| *s == "dequantised");
         row.rest.insert(if dequantised { "dequantised" } else { "as stored" });
         return;
@@ -86,11 +86,11 @@ fn note(case: &Path, config: &serde_json::Value, row: &mut Row) {
         let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         *held.entry(digest).or_default() += 1;
     };
-    for tensor in converted.weights.tensors().keys() {
-        let mut values = converted.weights.read_f32(tensor).unwrap();
+    for tensor in converted.checkpoint().weights().tensors().keys() {
+        let mut values = converted.checkpoint().weights().read_f32(tensor).unwrap();
         hold(&values);
         if tensor.contains(".fc1_g.") {
-            values.extend(converted.weights.read_f32(&tensor.replace("fc1_g", "fc1_x")).unwrap());
+            values.extend(converted.checkpoint().weights().read_f32(&tensor.replace("fc1_g", "fc1_x")).unwrap());
             hold(&values);
         }
     }
@@ -153,6 +153,6 @@ fn bound(worst: f64) -> String {
 }
 
 #[test]
-fn the_readme_says_what_is_recovered() {
-    support::readme_block("exporters", &table());
+fn the_guide_says_what_is_recovered() {
+    support::guide_block("converter.md", "exporters", &table());
 }

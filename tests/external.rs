@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vit_convert::{Options, convert};
+use vit_convert::convert;
 
-use crate::support::{root, write_to};
+use crate::support::{root, unproven, write_to};
 
 /// The file that holds one tensor, and the name of both.
 const DATA: &str = "patch_embed.proj.weight";
@@ -25,12 +25,12 @@ fn model() -> (tempfile::TempDir, PathBuf) {
 }
 
 fn said(model: &Path) -> Result<vit_convert::Converted, String> {
-    convert(&model.join("model.onnx"), &Options { verify: false, ..Options::default() }).map_err(|e| e.to_string())
+    convert(model.join("model.onnx"), &unproven()).map_err(|e| e.to_string())
 }
 
 #[track_caller]
 fn refused(model: &Path, parts: &[&str]) {
-    let said = said(model).err().expect("refused");
+    let said = said(model).expect_err("refused");
     assert!(parts.iter().all(|part| said.contains(part)), "{parts:?} in {said}");
 }
 

@@ -1,6 +1,6 @@
-//! The README's table of families and what is supported of each: measured on the fixtures, not written by hand.
+//! The guide's table of families and what is supported of each: measured on the fixtures, not written by hand.
 //!
-//! The test fails where the README says something else; with `VIT_BLESS=1` it writes what it found.
+//! The test fails if the guide says something else; with `VIT_BLESS=1` it writes what it found.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use vit_model::{
-    VisionTransformer, cpu,
-    load::{self, Checkpoint},
-    pos_embed::Resample,
-    tap::{Blocks, Layout},
+    VisionTransformer,
+    checkpoint::{self, Checkpoint},
+    engine,
+    vit::intermediates::{FeatureFormat, FinalNorm},
+    vit::pos_embed::Resample,
+    vit::tap::Blocks,
 };
 
 use crate::support;
@@ -68,9 +70,9 @@ struct Case {
 impl Case {
     fn open(folder: &Path) -> Found<Self> {
         let checkpoint = if folder.parent().is_some_and(|library| library.ends_with("torchvision")) {
-            load::torchvision(&folder.join("model.safetensors"), TORCHVISION_HEADS)?
+            checkpoint::torchvision(&folder.join("model.safetensors"), TORCHVISION_HEADS)?
         } else {
-            load::open(folder)?
+            checkpoint::open(folder)?
         };
         let meta: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("meta.json"))?)?;
         let compare: Vec<String> = serde_json::from_value(meta["compare"].clone())?;
@@ -100,16 +102,16 @@ impl Case {
     /// Candle's modules.
     fn answers(&self) -> Found<f32> {
         let features = self.model.forward_features(self.x())?;
-        let [pre, logits] = [true, false].map(|pre| self.model.forward_head(&features, pre));
-        let (pre, logits) = (pre?, logits?);
+        let (pre, logits) = (self.model.forward_pre_logits(&features)?, self.model.forward_head(&features)?);
         let logits = (self.model.config().num_classes > 0).then_some(&logits);
         self.same([("features", Some(&features)), ("pre_logits", Some(&pre)), ("logits", logits)])
     }
 
     /// The engine, in f32.
     fn engine(&self) -> Found<f32> {
-        let options = cpu::Options { precision: cpu::Precision::F32, ..cpu::Options::default() };
-        let engine = cpu::Engine::new(&self.checkpoint.info.model, &*self.checkpoint.weights, &options)?;
+        let options =
+            engine::EngineOptions { precision: vit_model::Precision::F32, ..engine::EngineOptions::default() };
+        let engine = engine::Engine::new(&self.checkpoint.info.model, &*self.checkpoint.weights, &options)?;
         let out = engine.forward(&self.x().flatten_all()?.to_vec1::<f32>()?, self.x().dim(0)?)?;
         let tensor = |values: Vec<f32>| {
             let len = values.len();
@@ -124,7 +126,8 @@ impl Case {
     /// (where no second attention is subtracted).
     fn inside(&self) -> Found {
         let (config, x) = (self.model.config(), self.x());
-        let (features, blocks) = self.model.forward_intermediates(x, Blocks::All, true, Layout::Nlc)?;
+        let (features, blocks) =
+            self.model.forward_intermediates(x, Blocks::All, FinalNorm::Apply, FeatureFormat::Nlc)?;
         let last = blocks.last().ok_or("no block")?;
         let tokens = Tensor::cat(&last.prefix.iter().chain([&last.patches]).collect::<Vec<_>>(), 1)?;
         if blocks.len() != config.depth || max(&(tokens - features)?)? != 0.0 {
@@ -284,6 +287,6 @@ fn table() -> String {
 }
 
 #[test]
-fn the_readme_says_what_is_supported() {
-    support::readme_block("families", &table());
+fn the_guide_says_what_is_supported() {
+    support::guide_block("models.md", "families", &table());
 }

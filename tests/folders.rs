@@ -1,15 +1,14 @@
 //! Folders that are written for timm and for transformers: opened by this library, they are the model that was converted.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use vit_convert::{Options, convert, timm_config, to_hf, write};
-use vit_model::{Weights, load};
+use vit_convert::convert;
+use vit_model::{Checkpoint, Existing, Format, SaveOptions};
 
-use crate::support;
+use crate::support::{self, unproven};
 
-fn logits(checkpoint: &load::Checkpoint) -> Vec<f32> {
+fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
     let model = checkpoint.model(DType::F32, &Device::Cpu).unwrap();
     let c = model.config();
     let [h, w] = c.img_size;
@@ -19,11 +18,19 @@ fn logits(checkpoint: &load::Checkpoint) -> Vec<f32> {
     model.forward(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn save(folder: &write::Folder, path: &Path) {
-    let options = write::Options { dtype: None, threads: 1, pending: None, inputs: &[], progress: &|_, _| {} };
-    write::folder(path, folder, false, &options).unwrap();
-    assert!(write::folder(path, folder, false, &options).is_err(), "a model is not replaced without being told to");
-    write::folder(path, folder, true, &options).unwrap();
+fn save(model: &Checkpoint, format: Format, path: &Path) -> vit_model::Result<Checkpoint> {
+    model.save(path, format)?;
+    assert!(model.save(path, format).is_err(), "a model is not replaced without being told to");
+    model.save_with(path, format, &SaveOptions::new().existing(Existing::Replace))?;
+    Checkpoint::open(path)
+}
+
+/// Takes our own document out of a folder's weights: then `config.json` must say all of it.
+fn without_document(folder: &Path) {
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    std::fs::write(&path, safetensors::serialize(file.tensors(), None).unwrap()).unwrap();
 }
 
 /// The largest difference, relative to the largest magnitude.
@@ -39,25 +46,18 @@ fn folders_open_again_with_the_same_answers() {
     for case in std::fs::read_dir(support::root().join("tests/fixtures/zoo")).unwrap() {
         let case = case.unwrap().path();
         let name = case.file_name().unwrap().to_string_lossy().into_owned();
-        let options = Options { verify: false, ..Options::default() };
-        let Ok(converted) = convert(&case.join("model.onnx"), &options) else { continue };
-        let weights: Arc<dyn Weights> = converted.weights.clone();
-        let own = logits(&load::Checkpoint::new(converted.info.clone(), weights.clone()).unwrap());
+        let Ok(converted) = convert(case.join("model.onnx"), &unproven()) else { continue };
+        let model = converted.checkpoint();
+        let own = logits(model);
         let out = tempfile::tempdir().unwrap();
-        match timm_config::folder(&converted.info, &weights) {
-            Ok(folder) => {
-                let path = out.path().join("timm");
-                save(&folder, &path);
-                let back = load::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
-                let spelled = &folder.info.as_ref().unwrap().model;
-                assert_eq!(&back.info.model, spelled, "{name}");
+        let path = out.path().join("timm");
+        match save(model, Format::Timm, &path) {
+            Ok(back) => {
+                let spelled = &back.info.model;
                 // a bias of zeros is added, and two linears are one: the sums are the same but for their order
                 assert!(far(&own, &logits(&back)) <= 2e-6, "{name}: timm's folder answers differently");
-                // without our own document, config.json must say all of it
-                let bare = write::Folder { info: None, notes: vec![], ..folder };
-                let path = out.path().join("bare");
-                save(&bare, &path);
-                let mut read = load::open(&path).unwrap_or_else(|e| panic!("{name}, by config.json: {e}"));
+                without_document(&path);
+                let mut read = Checkpoint::open(&path).unwrap_or_else(|e| panic!("{name}, by config.json: {e}"));
                 let told = (read.info.model.ln_eps / spelled.ln_eps - 1.0).abs() < 0.05;
                 assert!(told || spelled.ln_eps < 1e-6, "{name}: ε {}", read.info.model.ln_eps);
                 read.info.model.ln_eps = spelled.ln_eps;
@@ -73,11 +73,8 @@ fn folders_open_again_with_the_same_answers() {
                 refused += 1;
             }
         }
-        match to_hf::folder(&converted.info, &weights) {
-            Ok(folder) => {
-                let path = out.path().join("hf");
-                save(&folder, &path);
-                let back = load::open(&path).unwrap_or_else(|e| panic!("{name}, --to hf: {e}"));
+        match save(model, Format::Transformers, &out.path().join("hf")) {
+            Ok(back) => {
                 assert!(far(&own, &logits(&back)) <= 2e-6, "{name}: transformers' folder answers differently");
                 hf += 1;
             }

@@ -4,10 +4,10 @@ use std::fs;
 
 use candle_core::{DType, Device};
 use serde_json::Value;
-use vit_convert::{Options, convert};
-use vit_model::{cpu, load};
+use vit_convert::convert;
+use vit_model::{checkpoint, engine};
 
-use crate::support::{Parts, finish, root, vit_cli, write_to};
+use crate::support::{Parts, finish, root, unproven, vit_cli, write_to};
 
 fn digits() -> Parts {
     Parts::of(&fs::read(root().join("weights/digits/model.safetensors")).unwrap())
@@ -18,7 +18,7 @@ fn complaints(file: &Parts) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.safetensors");
     fs::write(&path, file.bytes()).unwrap();
-    let checkpoint = match load::open(&path) {
+    let checkpoint = match checkpoint::open(&path) {
         Ok(checkpoint) => checkpoint,
         Err(error) => return vec![error.to_string()],
     };
@@ -28,7 +28,7 @@ fn complaints(file: &Parts) -> Vec<String> {
         .keys()
         .filter_map(|name| weights.read(name).err())
         .chain(checkpoint.model(DType::F32, &Device::Cpu).err())
-        .chain(cpu::Engine::new(config, weights, &cpu::Options::default()).err())
+        .chain(engine::Engine::new(config, weights, &engine::EngineOptions::default()).err())
         .map(|error| error.to_string())
         .collect();
     let sample = root().join("weights/digits/samples/3.png");
@@ -67,7 +67,7 @@ fn one_wrong_bit_is_found_in_any_tensor() {
         // the lowest bit of a mantissa: a finite number still, that no look at the values would find
         file.data[at] ^= 1;
         fs::write(&path, file.bytes()).unwrap();
-        let weights = load::open(&path).unwrap().weights;
+        let weights = checkpoint::open(&path).unwrap().weights;
         for other in &names {
             match weights.read(other) {
                 Ok(_) => assert_ne!(other, name),
@@ -160,16 +160,17 @@ fn checksums_cover_what_they_say_and_are_whole() {
 #[test]
 fn a_file_without_checksums_is_good() {
     let onnx = root().join("tests/fixtures/zoo/hf-siglip-cls-l17-sdpa/model.onnx");
-    let new = convert(&onnx, &Options { verify: false, ..Options::default() }).unwrap();
+    let new = convert(&onnx, &unproven()).unwrap();
+    let new_model = new.checkpoint();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("old.safetensors");
     write_to(&path, &new).unwrap();
     let mut file = Parts::of(&fs::read(&path).unwrap());
     file.without_checksums();
     fs::write(&path, file.bytes()).unwrap();
-    let old = load::open(&path).unwrap();
-    assert_eq!((&old.info.model, old.weights.tensors()), (&new.info.model, new.weights.tensors()));
+    let old = checkpoint::open(&path).unwrap();
+    assert_eq!((&old.info.model, old.weights.tensors()), (&new_model.info.model, new_model.weights.tensors()));
     for name in old.weights.tensors().keys() {
-        assert_eq!(old.weights.read(name).unwrap(), new.weights.read(name).unwrap(), "{name}");
+        assert_eq!(old.weights.read(name).unwrap(), new_model.weights.read(name).unwrap(), "{name}");
     }
 }

@@ -11,9 +11,11 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 use vit_model::{
-    Pool, VisionTransformer, load,
-    pos_embed::Resample,
-    tap::{Blocks, Layout},
+    Pool, VisionTransformer, checkpoint,
+    vit::Prune,
+    vit::intermediates::{FeatureFormat, FinalNorm},
+    vit::pos_embed::Resample,
+    vit::tap::Blocks,
 };
 
 use crate::support::Parts;
@@ -43,8 +45,8 @@ fn compare(expect: &Tensors, name: &str, have: &Tensor) -> Outcome {
 fn answers(model: &VisionTransformer, expect: &Tensors, tag: &str, input: &str) -> Outcome {
     let features = model.forward_features(&expect[input])?;
     for (kind, have) in [
-        ("logits", model.forward_head(&features, false)?),
-        ("pre_logits", model.forward_head(&features, true)?),
+        ("logits", model.forward_head(&features)?),
+        ("pre_logits", model.forward_pre_logits(&features)?),
         ("features", features),
     ] {
         let name = format!("{tag}.{kind}");
@@ -66,7 +68,7 @@ fn size(extra: &Value) -> [usize; 2] {
 
 /// One tag of a case; `Ok(false)`: an operation that this library does not offer.
 fn judge(case: &Path, extra: &Value, expect: &Tensors) -> Result<bool, Box<dyn std::error::Error>> {
-    let checkpoint = load::open(case)?;
+    let checkpoint = checkpoint::open(case)?;
     let mut model = checkpoint.model(DType::F32, &Device::Cpu)?;
     let (tag, how) = (extra["tag"].as_str().unwrap(), Resample::of(&checkpoint.info));
     let own = format!("{tag}.x");
@@ -83,12 +85,13 @@ fn judge(case: &Path, extra: &Value, expect: &Tensors) -> Result<bool, Box<dyn s
                 Value::Number(n) => Blocks::Last(n.as_u64().unwrap() as usize),
                 _ => Blocks::At(&list),
             };
-            let layout = if extra["output_fmt"] == "NLC" { Layout::Nlc } else { Layout::Nchw };
-            let norm = extra["norm"] == true;
-            let (last, intermediates) = model.forward_intermediates(&expect["x"], blocks, norm, layout)?;
+            let nlc = extra["output_fmt"] == "NLC";
+            let format = if nlc { FeatureFormat::Nlc } else { FeatureFormat::Nchw };
+            let norm = if extra["norm"] == true { FinalNorm::Apply } else { FinalNorm::Skip };
+            let (last, intermediates) = model.forward_intermediates(&expect["x"], blocks, norm, format)?;
             compare(expect, &format!("{tag}.final"), &last)?;
             assert_eq!(intermediates.len() as u64, extra["n"].as_u64().unwrap());
-            let alone = model.get_intermediate_layers(&expect["x"], blocks, norm, layout)?;
+            let alone = model.get_intermediate_layers(&expect["x"], blocks, norm, format)?;
             for (i, (with, alone)) in intermediates.iter().zip(&alone).enumerate() {
                 compare(expect, &format!("{tag}.{i}"), &with.patches)?;
                 compare(expect, &format!("{tag}.{i}"), &alone.patches)?;
@@ -154,13 +157,13 @@ fn everything_beyond_forward_equals_timm_and_transformers() {
 fn pruned_models_answer_with_intermediates() {
     let case = cases().into_iter().find(|case| case.ends_with("inter_vit")).unwrap();
     let expect = candle_core::safetensors::load(case.join("expect.safetensors"), &Device::Cpu).unwrap();
-    let mut model = load::open(&case).unwrap().model(DType::F32, &Device::Cpu).unwrap();
+    let mut model = checkpoint::open(&case).unwrap().model(DType::F32, &Device::Cpu).unwrap();
     // inter1 is blocks 0 and 2 without the norm
-    assert_eq!(model.prune_intermediate_layers(Blocks::At(&[2]), true, true).unwrap(), [2]);
+    assert_eq!(model.prune_intermediate_layers(Blocks::At(&[2]), Prune::FinalNormAndHead).unwrap(), [2]);
     assert_eq!((model.config().depth, model.config().num_classes), (3, 0));
     let tokens = model.forward(&expect["x"]).unwrap();
     compare(&expect, "inter1.1", &tokens.narrow(1, 1, 12).unwrap()).unwrap();
-    assert!(model.forward_intermediates(&expect["x"], Blocks::At(&[3]), false, Layout::Nlc).is_err());
+    assert!(model.forward_intermediates(&expect["x"], Blocks::At(&[3]), FinalNorm::Skip, FeatureFormat::Nlc).is_err());
 }
 
 /// Read in stretches, tensors are what they are when read whole, and what is wrong with them is said as well.
@@ -172,7 +175,7 @@ fn stretches_are_the_tensor() {
     let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/digits/model.safetensors");
     let first = |kind: &str| fs::read_dir(folder(kind, "")).unwrap().next().unwrap().unwrap().path();
     for path in [digits.clone(), first("hf"), first("timm")] {
-        let weights = load::open(&path).unwrap().weights;
+        let weights = checkpoint::open(&path).unwrap().weights;
         for name in weights.tensors().keys() {
             let (whole, read) = (weights.read(name).unwrap(), weights.stretches(name).unwrap());
             let mut pieces = vec![0; whole.len()];
@@ -193,7 +196,7 @@ fn stretches_are_the_tensor() {
     file.data[start + 4 * 50..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     let damaged = tempfile::NamedTempFile::with_suffix(".safetensors").unwrap();
     fs::write(&damaged, file.bytes()).unwrap();
-    let weights = load::open(damaged.path()).unwrap().weights;
+    let weights = checkpoint::open(damaged.path()).unwrap().weights;
     let read = weights.stretches(&name).unwrap();
     read(0, &mut [0; 4 * 50]).unwrap();
     let error = read(4 * 40, &mut [0; 4 * 20]).unwrap_err().to_string();

@@ -2,23 +2,28 @@
 
 mod checkpoints;
 mod commands;
+mod containers;
 mod digits;
-mod evaluator;
 mod exporters;
 #[cfg(unix)]
 mod external;
 mod families;
 mod folders;
 mod forward;
+mod guide;
 #[cfg(feature = "hub")]
 mod hub;
 mod integrity;
 mod library;
-mod mutation;
 mod onnx;
 mod parity;
 mod predict;
+mod predictor;
 mod process;
 mod quantised;
+mod readings;
 mod robustness;
+#[cfg(feature = "serve")]
+mod serve;
 mod support;
+mod two_tower;

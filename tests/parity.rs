@@ -8,7 +8,7 @@ use std::{
 
 use candle_core::{DType, Device, Result, Tensor};
 use serde::Deserialize;
-use vit_model::{VisionTransformer, load};
+use vit_model::{VisionTransformer, checkpoint};
 
 /// The part of a case's `meta.json` that is read here.
 #[derive(Deserialize)]
@@ -38,9 +38,9 @@ fn difference(have: &Tensor, want: &Tensor) -> f32 {
 
 fn answers(model: &VisionTransformer, x: &Tensor) -> vit_model::Result<HashMap<&'static str, Tensor>> {
     let features = model.forward_features(x)?;
-    let mut answers = HashMap::from([("pre_logits", model.forward_head(&features, true)?)]);
+    let mut answers = HashMap::from([("pre_logits", model.forward_pre_logits(&features)?)]);
     if model.config().num_classes > 0 {
-        answers.insert("logits", model.forward_head(&features, false)?);
+        answers.insert("logits", model.forward_head(&features)?);
     }
     answers.insert("features", features);
     Ok(answers)
@@ -50,7 +50,7 @@ fn answers(model: &VisionTransformer, x: &Tensor) -> vit_model::Result<HashMap<&
 fn judge(case: &Path) -> std::result::Result<(), String> {
     let meta: Meta = serde_json::from_slice(&fs::read(case.join("meta.json")).unwrap()).unwrap();
     let expect = candle_core::safetensors::load(case.join("expect.safetensors"), &Device::Cpu).unwrap();
-    let model = match load::open(case).and_then(|checkpoint| checkpoint.model(DType::F32, &Device::Cpu)) {
+    let model = match checkpoint::open(case).and_then(|checkpoint| checkpoint.model(DType::F32, &Device::Cpu)) {
         Ok(model) => model,
         Err(_) if meta.expect == "either" => return Ok(()),
         Err(why) => return Err(why.to_string()),
@@ -97,16 +97,16 @@ fn a_state_dict_of_torchvisions_gives_its_answers() {
     for case in cases("torchvision") {
         let file = case.join("model.safetensors");
         let expect = candle_core::safetensors::load(case.join("expect.safetensors"), &Device::Cpu).unwrap();
-        let model = load::torchvision(&file, heads).unwrap().model(DType::F32, &Device::Cpu).unwrap();
+        let model = checkpoint::torchvision(&file, heads).unwrap().model(DType::F32, &Device::Cpu).unwrap();
         let answers = answers(&model, &expect["x"]).unwrap();
         for name in ["features", "logits"] {
             let d = difference(&answers[name], &expect[name]);
             assert!(d <= 1e-4, "{}: `{name}` differs by {d:.2e}", case.display());
         }
         // 12 channels are none of torchvision's own models': their heads are not guessed
-        let said = load::open(&file).unwrap_err().to_string();
+        let said = checkpoint::open(&file).unwrap_err().to_string();
         assert!(said.contains("heads") && said.contains("--num-heads"), "{said}");
-        let said = load::torchvision(&file, 5).unwrap_err().to_string();
+        let said = checkpoint::torchvision(&file, 5).unwrap_err().to_string();
         assert!(said.contains("num_heads") && said.contains("model.safetensors"), "{said}");
     }
 }
@@ -152,7 +152,7 @@ fn doubles_and_shards_give_the_same_answers() {
             ("a.safetensors", "does not hold"),
         ] {
             index(wrong);
-            let error = load::open(folder.path()).unwrap_err().to_string();
+            let error = checkpoint::open(folder.path()).unwrap_err().to_string();
             assert!(error.contains(said), "{wrong}: {error}");
         }
     }
@@ -171,7 +171,7 @@ fn what_is_outside_the_family_is_refused_by_name() {
         (r#"{"architecture": "resnet50"}"#, "only timm's vision_transformer.py"),
     ] {
         fs::write(folder.path().join("config.json"), config).unwrap();
-        let error = load::info(folder.path()).unwrap_err().to_string();
+        let error = checkpoint::info(folder.path()).unwrap_err().to_string();
         assert!(error.contains(said) && error.contains("config.json"), "{config}: {error}");
     }
 }

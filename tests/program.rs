@@ -27,7 +27,7 @@ fn a_folder_is_written_for_timm_or_transformers_and_not_replaced_unasked() {
     let folder = out.path().join("a/b/");
     let convert = |output: &Path, more: &[&str]| run(vit_convert().arg(&onnx).arg(output).args(more));
     assert_eq!(convert(&folder, &["--img-size", "32x48"]), (Some(0), String::new()));
-    let info = vit_model::load::open(&folder).unwrap().info;
+    let info = vit_model::checkpoint::open(&folder).unwrap().info;
     assert_eq!(info.preprocess.input_size[1..], [32, 48]);
     let (code, said) = convert(&folder, &[]);
     assert!(code == Some(2) && said.contains("--force"), "{said}");
@@ -70,7 +70,7 @@ fn without_the_proof_the_file_says_so() {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("m.safetensors");
     assert_eq!(run(vit_convert().arg(fixture("timm-base-d18-fused")).arg(&file).arg("--no-verify")).0, Some(0));
-    assert_eq!(vit_model::load::open(&file).unwrap().info.verified, Some(serde_json::json!(false)));
+    assert_eq!(vit_model::checkpoint::open(&file).unwrap().info.verified, Some(vit_model::Verification::skipped()));
 }
 
 /// A checkpoint as the input: the same model in another form.
@@ -83,12 +83,13 @@ fn a_checkpoint_is_written_in_another_form() {
         let done = vit_convert().arg(input).arg(&output).args(more).output().expect("the program starts");
         (done.status.code(), String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned(), output)
     };
-    let values = |path: &Path, name: &str| vit_model::load::open(path).unwrap().weights.read_f32(name).unwrap();
+    let values = |path: &Path, name: &str| vit_model::checkpoint::open(path).unwrap().weights.read_f32(name).unwrap();
     for case in ["timm/vit_base_patch16_siglip_224", "hf/dinov2_cls"] {
         let folder = parity.join(case);
         let (code, said, file) = convert(&folder, "m.safetensors", &[]);
         assert_eq!(code, Some(0), "{said}");
-        let (before, after) = (vit_model::load::open(&folder).unwrap(), vit_model::load::open(&file).unwrap());
+        let (before, after) =
+            (vit_model::checkpoint::open(&folder).unwrap(), vit_model::checkpoint::open(&file).unwrap());
         assert_eq!(before.info, after.info, "{case}");
         for name in before.weights.tensors().keys() {
             assert_eq!(before.weights.read_f32(name).unwrap(), after.weights.read_f32(name).unwrap(), "{case}: {name}");
@@ -120,7 +121,7 @@ fn a_checkpoint_is_written_in_another_form() {
     assert!(code == Some(2) && said.contains("--num-heads"), "{said}");
     let (code, said, _) = convert(&tv, "tv.safetensors", &["--num-heads", "3"]);
     assert_eq!(code, Some(0), "{said}");
-    let model = vit_model::load::open(&out.path().join("tv.safetensors")).unwrap().info.model;
+    let model = vit_model::checkpoint::open(&out.path().join("tv.safetensors")).unwrap().info.model;
     assert_eq!((model.num_heads, model.depth, model.num_classes, model.img_size), (3, 2, 5, [8, 8]));
     let (code, said, _) = convert(&fixture("timm-base-d18-fused"), "x.safetensors", &["--num-heads", "3"]);
     assert!(code == Some(2) && said.contains("a graph says its heads"), "{said}");
@@ -137,14 +138,14 @@ fn q8_is_a_gguf_file_and_says_what_it_costs() {
     };
     let (code, said, gguf) = convert("m.gguf", &[]);
     assert!(code == Some(0) && said.contains("q8: 4 inputs") && said.contains("4 of 4"), "{said}");
-    let checkpoint = vit_model::load::open(&gguf).unwrap();
-    let moved = &checkpoint.info.verified.as_ref().unwrap()["q8_0"];
-    assert!(moved["max_rel"].as_f64().unwrap() < 0.02 && moved["top1_equal"] == serde_json::json!([4, 4]), "{moved}");
+    let checkpoint = vit_model::checkpoint::open(&gguf).unwrap();
+    let moved = checkpoint.info.verified.as_ref().unwrap();
+    assert!(moved.q8_0().unwrap().max_rel < 0.02 && moved.q8_0_top1() == Some((4, 4)), "{moved:?}");
     assert!(checkpoint.weights.is_q8_0("head.weight") && !checkpoint.weights.is_q8_0("patch_embed.proj.weight"));
     let (code, _, unproven) = convert("n.gguf", &["--no-verify"]);
     assert_eq!(
-        (code, vit_model::load::open(&unproven).unwrap().info.verified),
-        (Some(0), Some(serde_json::json!(false)))
+        (code, vit_model::checkpoint::open(&unproven).unwrap().info.verified),
+        (Some(0), Some(vit_model::Verification::skipped()))
     );
     for bad in ["m.safetensors", "folder/"] {
         let (code, said, path) = convert(bad, &[]);
@@ -154,11 +155,12 @@ fn q8_is_a_gguf_file_and_says_what_it_costs() {
     let plain = out.path().join("plain.gguf");
     let done = run(vit_convert().arg(&digits).arg(&plain));
     assert_eq!(done, (Some(0), String::new()));
-    let plain = vit_model::load::open(&plain).unwrap();
+    let plain = vit_model::checkpoint::open(&plain).unwrap();
     assert!(
-        plain.info.verified.unwrap().is_object() && plain.info.source["sha256"] == checkpoint.info.source["sha256"]
+        plain.info.verified.unwrap().distance().is_some()
+            && plain.info.source.sha256() == checkpoint.info.source.sha256()
     );
-    let exact = vit_model::load::open(&digits.with_extension("safetensors")).unwrap().weights;
+    let exact = vit_model::checkpoint::open(&digits.with_extension("safetensors")).unwrap().weights;
     for name in exact.tensors().keys() {
         assert!(!plain.weights.is_q8_0(name), "{name}");
         assert_eq!(plain.weights.read(name).unwrap(), exact.read(name).unwrap(), "{name}");
@@ -167,7 +169,7 @@ fn q8_is_a_gguf_file_and_says_what_it_costs() {
     let back = out.path().join("back.safetensors");
     let done = run(vit_convert().arg(&gguf).arg(&back));
     assert_eq!(done, (Some(0), String::new()));
-    let back = vit_model::load::open(&back).unwrap();
+    let back = vit_model::checkpoint::open(&back).unwrap();
     for name in back.weights.tensors().keys() {
         assert_eq!(back.weights.read_f32(name).unwrap(), checkpoint.weights.read_f32(name).unwrap(), "{name}");
     }
@@ -238,7 +240,7 @@ fn a_file_that_is_cut_during_the_conversion_is_an_error() {
         let done = child.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&done.stderr);
         match done.status.code() {
-            Some(0) => assert!(vit_model::load::open(&output).is_ok(), "step {step}"),
+            Some(0) => assert!(vit_model::checkpoint::open(&output).is_ok(), "step {step}"),
             Some(2) => assert!(said.contains("m.onnx") && !output.exists(), "step {step}: {said}"),
             _ => panic!("step {step}: {:?}: {said}", done.status),
         }

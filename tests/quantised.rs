@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Device, quantized::gguf_file};
-use vit_convert::{Converted, Options, convert, quantise::Quantised, write};
-use vit_model::{Predictor, VisionTransformer, Weights, load, predictor};
+use vit_convert::{Converted, Options, convert};
+use vit_model::{Format, Predictor, SaveOptions, VisionTransformer, Weights, checkpoint, predictor::Runtime};
 
-use crate::support::{Random, finish, max_diff, read_safetensors, root, vit_cli, write_safetensors};
+use crate::support::{Random, finish, max_diff, read_safetensors, root, unproven, vit_cli, write_safetensors};
 
 fn quantised(onnx: &Path, options: &Options) -> Converted {
     let mut converted = convert(onnx, options).unwrap();
@@ -16,16 +16,14 @@ fn quantised(onnx: &Path, options: &Options) -> Converted {
 }
 
 fn save(path: &Path, converted: &Converted, threads: usize) {
-    let options =
-        write::Options { dtype: None, threads, pending: converted.pending(), inputs: &[], progress: &|_, _| () };
-    write::gguf(path, &converted.info, converted.weights.as_ref(), &options).unwrap();
+    converted.save_with(path, Format::Gguf, SaveOptions::new().threads(threads)).unwrap();
 }
 
 /// The digits model, with the labels and the preprocessing of the embedded one.
 fn digits(folder: &Path) -> PathBuf {
     let path = folder.join("digits.gguf");
-    let info = load::info(&root().join("weights/digits/model.safetensors")).unwrap();
-    let options = Options { labels: info.labels, preprocess: Some(info.preprocess), ..Options::default() };
+    let info = checkpoint::info(&root().join("weights/digits/model.safetensors")).unwrap();
+    let options = Options::new().labels(info.labels.unwrap()).preprocess(info.preprocess);
     save(&path, &quantised(&root().join("weights/digits/model.onnx"), &options), 2);
     path
 }
@@ -43,11 +41,9 @@ fn the_same_bytes_which_candle_and_we_read_alike() {
         save(&path, &converted, 3);
         assert!(bytes == std::fs::read(&path).unwrap(), "{case}: another file with other threads");
 
-        let ours = load::open(&path).unwrap();
-        assert_eq!(ours.info.model, converted.info.model, "{case}");
-        assert!(
-            ours.info.source["sha256"].as_str().unwrap().len() == 64 && ours.info.verified.unwrap()["q8_0"].is_object()
-        );
+        let ours = checkpoint::open(&path).unwrap();
+        assert_eq!(ours.info.model, converted.info().model, "{case}");
+        assert!(ours.info.source.sha256().unwrap().len() == 64 && ours.info.verified.unwrap().q8_0().is_some());
         let mut file = std::fs::File::open(&path).unwrap();
         let theirs = gguf_file::Content::read(&mut file).unwrap();
         assert_eq!(theirs.tensor_infos.len(), ours.weights.tensors().len(), "{case}");
@@ -56,7 +52,7 @@ fn the_same_bytes_which_candle_and_we_read_alike() {
             assert_eq!(tensor.shape().dims(), info.shape, "{case}: {name}");
             let values = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(ours.weights.read_f32(name).unwrap(), values, "{case}: {name}");
-            assert_eq!(converted.weights.read_f32(name).unwrap(), values, "{case}: {name}");
+            assert_eq!(converted.checkpoint().weights().read_f32(name).unwrap(), values, "{case}: {name}");
             let matrix = info.shape.len() == 2 && info.shape[1].is_multiple_of(32);
             assert_eq!(ours.weights.is_q8_0(name), matrix, "{case}: {name}");
         }
@@ -69,7 +65,7 @@ fn a_damaged_tensor_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = digits(folder.path());
     let whole = std::fs::read(&path).unwrap();
-    let file = load::open(&path).unwrap();
+    let file = checkpoint::open(&path).unwrap();
     for name in ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "head.bias"] {
         let q8_0 = file.weights.is_q8_0(name);
         let bytes = if q8_0 { file.weights.read_q8_0(name) } else { file.weights.read(name) }.unwrap();
@@ -78,7 +74,7 @@ fn a_damaged_tensor_is_named() {
             let mut damaged = whole.clone();
             damaged[at + byte] ^= 1;
             std::fs::write(&path, damaged).unwrap();
-            let weights = load::open(&path).unwrap().weights;
+            let weights = checkpoint::open(&path).unwrap().weights;
             let error = weights.read(name).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains("its checksum is"), "{error}");
             assert!(!q8_0 || weights.read_q8_0(name).is_err(), "{name}");
@@ -91,10 +87,9 @@ fn a_damaged_tensor_is_named() {
 /// below 6e-5.
 #[test]
 fn no_value_moves_by_more_than_half_a_step() {
-    let converted =
-        convert(&root().join("weights/digits/model.onnx"), &Options { verify: false, ..Options::default() });
-    let own = converted.unwrap().weights;
-    let quantised = Quantised::new(own.clone());
+    let converted = convert(root().join("weights/digits/model.onnx"), &unproven());
+    let own = converted.unwrap().checkpoint().clone();
+    let (own, quantised) = (own.weights.clone(), own.quantised().weights);
     let mut matrices = 0;
     for name in own.tensors().keys() {
         let (a, b) = (own.read_f32(name).unwrap(), quantised.read_f32(name).unwrap());
@@ -179,13 +174,13 @@ fn every_command_takes_it_and_says_what_ran() {
     cli(&["preprocess", "digits.gguf", &sample, "-o", "x.safetensors"]).good();
     cli(&["forward", "digits.gguf", "-i", "x.safetensors", "-o", "y.safetensors"]).good();
     // the library, on both paths
-    let checkpoint = load::open(&gguf).unwrap();
-    let backend = |modules, precision| {
-        let options = predictor::Options { modules, precision, ..predictor::Options::default() };
-        Predictor::new(&checkpoint, &options).unwrap().backend().clone()
+    let checkpoint = checkpoint::open(&gguf).unwrap();
+    let backend = |runtime| {
+        let builder = Predictor::builder().device(vit_model::Device::Cpu).runtime(runtime);
+        builder.checkpoint(&checkpoint).unwrap().backend().clone()
     };
-    assert!(backend(false, predictor::Precision::Auto).quantised);
-    assert_eq!(backend(true, predictor::Precision::Auto).precision, "q8_0");
+    assert!(backend(Runtime::Engine).quantised);
+    assert_eq!(backend(Runtime::Modules).precision, vit_model::Precision::Q8_0);
 }
 
 /// Blocks of a weight whose shape is another than the architecture's.
@@ -207,7 +202,7 @@ fn blocks_that_do_not_fit_are_refused() {
         }
     }
     let folder = tempfile::tempdir().unwrap();
-    let checkpoint = load::open(&digits(folder.path())).unwrap();
+    let checkpoint = checkpoint::open(&digits(folder.path())).unwrap();
     let mut infos = checkpoint.weights.tensors().clone();
     infos.get_mut("blocks.0.mlp.fc1.weight").unwrap().shape.reverse();
     let turned = Turned(checkpoint.weights.clone(), infos);
@@ -268,7 +263,7 @@ fn a_header_that_lies_is_refused_before_anything_is_allocated() {
     let path = folder.path().join("m.gguf");
     let open = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
-        vit_model::gguf::Gguf::open(&path).map_err(|error| error.to_string())
+        vit_model::checkpoint::gguf::Gguf::open(&path).map_err(|error| error.to_string())
     };
     let good = Header::new();
     let file = open(&good.bytes()).unwrap();
@@ -301,12 +296,12 @@ fn a_header_that_lies_is_refused_before_anything_is_allocated() {
         (Header { keys: alignment(1 << 31), ..Header::new() }, "power of two"),
         (Header { entry: entry("a", &[32, 2, 1, 1, 1], 8, 0), ..Header::new() }, "5 dimensions"),
         (Header { entry: entry("a", &[32, 2], 12, 0), ..Header::new() }, "type 12"),
-        (Header { entry: entry("a", &[2, 32], 8, 0), ..Header::new() }, "cannot be of the shape [32, 2]"),
-        (Header { entry: entry("a", &[huge, huge], 0, 0), ..Header::new() }, "cannot be of the shape"),
+        (Header { entry: entry("a", &[2, 32], 8, 0), ..Header::new() }, "cannot have the shape [32, 2]"),
+        (Header { entry: entry("a", &[huge, huge], 0, 0), ..Header::new() }, "cannot have the shape"),
         (Header { entry: entry("a", &[huge, 0], 0, 0), ..Header::new() }, "copied completely"),
         (Header { entry: entry("a", &[32, 1 << 40], 8, 0), ..Header::new() }, "holds 68 bytes of data"),
-        (Header { entry: entry("a", &[32, 2], 8, 32), ..Header::new() }, "lies at byte 32"),
-        (Header { entry: entry("a", &[32, 2], 8, huge), ..Header::new() }, "lies at byte"),
+        (Header { entry: entry("a", &[32, 2], 8, 32), ..Header::new() }, "is at byte 32"),
+        (Header { entry: entry("a", &[32, 2], 8, huge), ..Header::new() }, "is at byte"),
         (Header { data: 67, ..Header::new() }, "copied completely"),
         (Header { data: 69, ..Header::new() }, "copied completely"),
         (
@@ -346,6 +341,6 @@ fn blocks_mean_what_candle_means() {
         let blocks =
             candle_core::quantized::QTensor::quantize(&tensor, candle_core::quantized::GgmlDType::Q8_0).unwrap();
         let want = blocks.dequantize(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(vit_model::gguf::dequantise(&blocks.data().unwrap()).collect::<Vec<_>>(), want);
+        assert_eq!(vit_model::checkpoint::gguf::dequantise(&blocks.data().unwrap()).collect::<Vec<_>>(), want);
     }
 }

@@ -4,10 +4,10 @@ use std::fs::{self, File};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use vit_convert::{Options, convert, write};
-use vit_model::{Weights as _, safetensors::Safetensors};
+use vit_convert::{Options, Verify, convert};
+use vit_model::{Format, Weights as _, checkpoint::safetensors::Safetensors};
 
-use crate::support::{Done, Parts, Random, finish, root, vit_cli, write_to};
+use crate::support::{Done, Parts, Random, finish, root, unproven, vit_cli, write_to};
 
 fn zoo(case: &str) -> std::path::PathBuf {
     root().join("tests/fixtures/zoo").join(case).join("model.onnx")
@@ -18,10 +18,10 @@ fn a_model_that_changes_between_reading_and_writing_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("m.onnx"), folder.path().join("m.safetensors"));
     let whole = fs::read(zoo("timm-base-d18-fused")).unwrap();
-    for verify in [false, true] {
+    for verify in [Verify::Skip, Verify::Run] {
         for change in ["none", "shorter", "empty", "longer", "written", "replaced"] {
             fs::write(&input, &whole).unwrap();
-            let converted = convert(&input, &Options { verify, ..Options::default() }).unwrap();
+            let converted = convert(&input, &Options::new().verify(verify)).unwrap();
             let open = || File::options().write(true).open(&input).unwrap();
             match change {
                 "shorter" => open().set_len(whole.len() as u64 / 2).unwrap(),
@@ -37,7 +37,7 @@ fn a_model_that_changes_between_reading_and_writing_is_an_error() {
             }
             let good = matches!(change, "none" | "replaced");
             match write_to(&output, &converted) {
-                Ok(()) => assert!(good && vit_model::load::open(&output).is_ok(), "{change}"),
+                Ok(()) => assert!(good && vit_model::checkpoint::open(&output).is_ok(), "{change}"),
                 Err(error) => {
                     let said = error.to_string();
                     assert!(!good && said.contains("m.onnx") && said.contains("convert it again"), "{change}: {said}");
@@ -92,7 +92,13 @@ fn a_model_that_is_cut_during_a_run_is_an_error_or_was_read() {
     assert!(failed > 0, "never cut in time");
 }
 
-impl Random {
+/// Breaks files at random.
+trait Break {
+    fn place(&mut self, bytes: &[u8]) -> usize;
+    fn broken(&mut self, seeds: &[Vec<u8>]) -> Vec<u8>;
+}
+
+impl Break for Random {
     /// A place in a file; mostly one near text, where names and structure are rather than weights.
     fn place(&mut self, bytes: &[u8]) -> usize {
         for _ in 0..32 {
@@ -193,7 +199,7 @@ fn broken_onnx_files_are_errors() {
     let path = folder.path().join("m.onnx");
     feed("onnx", 4000, &seeds, |bytes| {
         fs::write(&path, bytes).unwrap();
-        vit_convert::onnx::read(&path).and_then(|graph| vit_convert::import(&graph)).is_ok()
+        convert(&path, &unproven()).is_ok()
     });
 }
 
@@ -203,7 +209,7 @@ fn broken_checkpoints_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let ours = |case: &str| {
         let output = folder.path().join("seed.safetensors");
-        write_to(&output, &convert(&zoo(case), &Options { verify: false, ..Options::default() }).unwrap()).unwrap();
+        write_to(&output, &convert(zoo(case), &unproven()).unwrap()).unwrap();
         fs::read(&output).unwrap()
     };
     let mut seeds = files([root().join("weights/digits/model.safetensors")]);
@@ -217,7 +223,7 @@ fn broken_checkpoints_are_errors() {
     let path = folder.path().join("m.safetensors");
     let read = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
-        let Ok(checkpoint) = vit_model::load::open(&path) else { return false };
+        let Ok(checkpoint) = vit_model::checkpoint::open(&path) else { return false };
         checkpoint.weights.tensors().keys().all(|name| checkpoint.weights.read_f32(name).is_ok())
     };
     feed("safetensors", 8000, &seeds, read);
@@ -235,15 +241,14 @@ fn broken_gguf_files_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     let seeds = ["timm-base-d18-fused", "hf-clip-l17-sdpa", "timm-swiglu-l16"].map(|case| {
-        let mut converted = convert(&zoo(case), &Options { verify: false, ..Options::default() }).unwrap();
+        let mut converted = convert(zoo(case), &unproven()).unwrap();
         converted.quantise().unwrap();
-        let options = write::Options { dtype: None, threads: 1, pending: None, inputs: &[], progress: &|_, _| () };
-        write::gguf(&path, &converted.info, converted.weights.as_ref(), &options).unwrap();
+        converted.save(&path, Format::Gguf).unwrap();
         fs::read(&path).unwrap()
     });
     feed("gguf", 4000, &seeds, |bytes| {
         fs::write(&path, bytes).unwrap();
-        let Ok(checkpoint) = vit_model::load::open(&path) else { return false };
+        let Ok(checkpoint) = vit_model::checkpoint::open(&path) else { return false };
         checkpoint.weights.tensors().keys().all(|name| checkpoint.weights.read_f32(name).is_ok())
     });
 }
@@ -266,8 +271,8 @@ fn broken_configurations_and_labels_are_errors() {
             let Ok(seed) = fs::read(source.join(name)) else { continue };
             feed(&format!("{case}.{name}"), 1000, &vec![seed; 3], |bytes| {
                 fs::write(folder.path().join(name), bytes).unwrap();
-                let Ok(checkpoint) = vit_model::load::open(folder.path()) else { return false };
-                vit_model::preprocess::Preprocess::new(&checkpoint.info.preprocess).is_ok()
+                let Ok(checkpoint) = vit_model::checkpoint::open(folder.path()) else { return false };
+                vit_model::image::Preprocess::new(&checkpoint.info.preprocess).is_ok()
             });
         }
     }
@@ -278,27 +283,19 @@ fn broken_configurations_and_labels_are_errors() {
 
 #[test]
 fn broken_images_are_errors() {
-    use vit_model::{PreprocessConfig, image::Image, preprocess::Preprocess};
+    use vit_model::{
+        PreprocessConfig,
+        image::{Image, Preprocess},
+    };
     let folders = ["tests/fixtures/images", "tests/fixtures/preprocess/images"].map(|name| root().join(name));
     let entries = folders.iter().flat_map(|folder| fs::read_dir(folder).unwrap());
     let mut paths: Vec<_> =
-        entries.map(|entry| entry.unwrap().path()).filter(|path| Image::open(path, true).is_ok()).collect();
+        entries.map(|entry| entry.unwrap().path()).filter(|path| Image::open(path).is_ok()).collect();
     paths.sort();
     assert!(paths.len() >= 20, "{paths:?}");
-    let preprocess = Preprocess::new(&PreprocessConfig {
-        input_size: [3, 24, 32],
-        interpolation: "bicubic".into(),
-        crop_pct: 0.9,
-        crop_mode: "center".into(),
-        mean: vec![0.5; 3],
-        std: vec![0.5; 3],
-        resize: None,
-        torchvision: false,
-        white_key: false,
-    })
-    .unwrap();
+    let preprocess = Preprocess::new(&PreprocessConfig::new([3, 24, 32])).unwrap();
     feed("images", 6000, &files(paths), |bytes| {
-        let Ok(image) = Image::decode(bytes, true) else { return false };
+        let Ok(image) = Image::decode(bytes) else { return false };
         preprocess.apply(&image).is_ok_and(|pixels| pixels.len() == 3 * 24 * 32 && pixels.iter().all(|v| v.is_finite()))
     });
 }
@@ -313,7 +310,7 @@ fn sizes_that_overflow_are_errors() {
     let refused = |config: &[u8], weights: &[u8], text: &str| {
         fs::write(folder.path().join("config.json"), config).unwrap();
         fs::write(folder.path().join("model.safetensors"), weights).unwrap();
-        let said = vit_model::load::open(folder.path()).unwrap_err().to_string();
+        let said = vit_model::checkpoint::open(folder.path()).unwrap_err().to_string();
         assert!(said.contains(text), "{said}");
     };
     let mut config: serde_json::Value = serde_json::from_slice(&from("dinov2_cls", "config.json")).unwrap();

@@ -1,4 +1,4 @@
-//! Running the programs, reading and writing what they read and write, README's tables, and random numbers from a seed.
+//! Running the programs, reading and writing what they read and write, the guide's tables, and random numbers from a seed.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -7,20 +7,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Map, Value};
-use vit_convert::{Converted, write};
+use vit_convert::Converted;
+pub use vit_model::random::SplitMix64 as Random;
 
 /// The root of the repository.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// README.md holds this text between the markers of `tests/<name>.rs`; with `VIT_BLESS` in the environment it is put there.
-pub fn readme_block(name: &str, text: &str) {
+/// `docs/src/<page>` holds this text between the markers of `tests/<name>.rs`; with `VIT_BLESS` in the environment it is put there.
+pub fn guide_block(page: &str, name: &str, text: &str) {
     let (begin, end) = (format!("<!-- {name}: written by tests/{name}.rs -->\n"), format!("<!-- /{name} -->"));
-    let path = root().join("README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let (before, rest) = readme.split_once(&begin).expect("README.md has the block's first marker");
-    let (old, after) = rest.split_once(&end).expect("README.md has the block's last marker");
+    let path = root().join("docs/src").join(page);
+    let guide = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = guide.split_once(&begin).expect("the page has the block's first marker");
+    let (old, after) = rest.split_once(&end).expect("the page has the block's last marker");
     if std::env::var_os("VIT_BLESS").is_some() {
         std::fs::write(&path, format!("{before}{begin}{text}{end}{after}")).unwrap();
         return;
@@ -170,26 +171,10 @@ pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
 
 /// Writes a conversion as `vit-convert` does.
 pub fn write_to(output: &Path, converted: &Converted) -> vit_convert::Result<()> {
-    let options =
-        write::Options { dtype: None, threads: 2, pending: converted.pending(), inputs: &[], progress: &|_, _| () };
-    write::file(output, &converted.info, converted.weights.as_ref(), &options)
+    converted.save(output, vit_model::Format::Safetensors).map(drop)
 }
 
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    /// A number below `n`; 0 where there is none.
-    pub fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) % n.max(1) as u64) as usize
-    }
-
-    /// One of a list, unless it is empty.
-    pub fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
-        if list.is_empty() { None } else { list.get(self.below(list.len())) }
-    }
+/// Options that prove nothing.
+pub fn unproven() -> vit_convert::Options {
+    vit_convert::Options::new().verify(vit_convert::Verify::Skip)
 }

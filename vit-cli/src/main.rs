@@ -3,31 +3,25 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod bench;
-mod compare;
-mod embed;
-mod explain;
-mod forward;
-mod images;
-mod inspect;
+mod commands;
 mod model;
-#[cfg(feature = "hub")]
-mod models;
 mod modules;
+mod open;
 mod output;
-mod predict;
-mod preprocess;
-#[cfg(feature = "hub")]
-mod pull;
-mod random;
 mod save;
-mod summary;
+#[cfg(feature = "serve")]
+mod serve;
+mod sources;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use args::{Cli, Command};
 use clap::{CommandFactory as _, Parser as _};
+use commands::{bench, compare, embed, explain, forward, inspect, predict, preprocess, summary};
+#[cfg(feature = "hub")]
+use commands::{models, pull};
 use output::ReaderGone;
 
 /// Whether everything that was asked for was done.
@@ -40,11 +34,18 @@ pub enum Outcome {
 }
 
 fn main() -> ExitCode {
-    vit_convert::save::guard();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    // a server ends when it has answered what it accepted
+    #[cfg(feature = "serve")]
+    let waits = matches!(cli.command, Command::Serve(_));
+    #[cfg(not(feature = "serve"))]
+    let waits = false;
+    if !waits {
+        vit_convert::signals::guard();
+    }
     match run(&cli) {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::Failed) => ExitCode::from(1),
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     let verbose = cli.verbose;
+    model::say(cli.arch.as_deref(), cli.state_dict.as_deref());
     let done = match &cli.command {
         Command::Predict(args) => return predict::run(args, verbose),
         Command::Embed(args) => return embed::run(args, verbose),
@@ -68,6 +70,8 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Summary(args) => summary::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args, verbose),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(args, verbose),
         #[cfg(feature = "hub")]
         Command::Models(args) => models::run(args),
         #[cfg(feature = "hub")]
@@ -79,6 +83,9 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
             out.write(&String::from_utf8_lossy(&script))?;
             out.flush()
         }
+        Command::Man(args) => std::fs::create_dir_all(&args.folder)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), &args.folder))
+            .with_context(|| output::show(&args.folder)),
     };
     done.map(|()| Outcome::Good)
 }

@@ -1,13 +1,15 @@
-//! What leaves the program: stdout, names that are safe to print, numbers as Python prints them.
+//! Output: buffered stdout, names that are safe to print, and numbers formatted like Python's.
 
-use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
-/// Most bytes of one message on stderr.
+use serde_json::{Value, json};
+use vit_model::labels::Prediction;
+pub use vit_model::printable::{escape, show};
+
+/// The length limit of a message on stderr, in bytes.
 const MAX_MESSAGE: usize = 8 << 10;
 
-/// The reader of our stdout has gone (`| head`): nothing is wrong, there is just nothing left to do.
+/// The reader of stdout closed it (as `| head` does). This is not a failure, so the program just stops.
 #[derive(Debug)]
 pub struct ReaderGone;
 
@@ -19,7 +21,7 @@ impl std::fmt::Display for ReaderGone {
 
 impl std::error::Error for ReaderGone {}
 
-/// Buffered stdout whose failures are told apart: a closed pipe is [`ReaderGone`], a full disk is an error.
+/// Buffered stdout. A closed pipe is reported as [`ReaderGone`], and anything else, such as a full disk, as an error.
 pub struct Stdout(BufWriter<StdoutLock<'static>>);
 
 impl Stdout {
@@ -36,7 +38,7 @@ impl Stdout {
         self.write("\n")
     }
 
-    /// Hands everything to the reader; the last call of every command that prints.
+    /// Writes out the buffer. Every command that prints calls this last.
     pub fn flush(&mut self) -> anyhow::Result<()> {
         self.0.flush().map_err(stdout_error)
     }
@@ -50,33 +52,7 @@ fn stdout_error(error: io::Error) -> anyhow::Error {
     }
 }
 
-/// A name as one printable line: control characters and what reverses the direction of text are escaped, bytes that are
-/// not UTF-8 become `\xff`.
-pub fn show(name: impl AsRef<OsStr>) -> String {
-    let mut out = String::new();
-    for chunk in name.as_ref().as_encoded_bytes().utf8_chunks() {
-        out.push_str(&escape(chunk.valid()));
-        for byte in chunk.invalid() {
-            let _ = write!(out, "\\x{byte:02x}");
-        }
-    }
-    out
-}
-
-/// A text as one printable line.
-pub fn escape(text: &str) -> String {
-    let unsafe_char = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-    };
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if unsafe_char(c) { out.extend(c.escape_default()) } else { out.push(c) }
-    }
-    out
-}
-
-/// A message of one line and bounded length, for stderr.
+/// Escapes a message and limits its length, for stderr.
 pub fn message(text: &str) -> String {
     let mut out = escape(text);
     if out.len() > MAX_MESSAGE {
@@ -90,7 +66,16 @@ pub fn message(text: &str) -> String {
     out
 }
 
-/// A JSON value on one line; serde_json leaves DEL as it is, which some terminals act on.
+/// A class of a prediction in JSON; what a regression predicts is a `value` without a probability.
+pub fn prediction(p: &Prediction) -> Value {
+    if p.probability.is_nan() {
+        json!({"class": p.class, "label": p.label, "value": p.logit})
+    } else {
+        json!({"class": p.class, "label": p.label, "probability": p.probability, "logit": p.logit})
+    }
+}
+
+/// A JSON value on one line. Escapes DEL, which serde_json does not, because some terminals interpret it.
 pub fn json_line(value: &impl serde::Serialize) -> anyhow::Result<String> {
     Ok(serde_json::to_string(value)?.replace('\u{7f}', "\\u007f"))
 }
@@ -100,8 +85,8 @@ pub fn json_pretty(value: &impl serde::Serialize) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)?.replace('\u{7f}', "\\u007f"))
 }
 
-/// `format(value, ".3")` of Python: three significant digits, at least one digit after the point, an exponent from
-/// 100 up and below 0.0001.
+/// Formats a number like Python's `format(value, ".3")`: three significant digits, at least one digit after the point, and an
+/// exponent for magnitudes from 100 on and below 0.0001.
 pub fn python_3(value: f64) -> String {
     if !value.is_finite() {
         return if value.is_nan() {
@@ -113,7 +98,7 @@ pub fn python_3(value: f64) -> String {
         }
         .into();
     }
-    // `{:.2e}` rounds to three digits as C's printf does, half to even on the exact binary value
+    // `{:.2e}` rounds to three digits like C's printf: it rounds the exact binary value, and ties go to even
     let rounded = format!("{value:.2e}");
     let (mantissa, exponent) = rounded.split_once('e').unwrap_or((&rounded, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
@@ -130,7 +115,7 @@ pub fn python_3(value: f64) -> String {
     }
 }
 
-/// `1234567` → `1,234,567`.
+/// Formats `1234567` as `1,234,567`.
 pub fn thousands(n: u128) -> String {
     let digits = n.to_string();
     let mut out = String::with_capacity(digits.len() + digits.len() / 3);
@@ -149,7 +134,7 @@ mod tests {
 
     #[test]
     fn three_digits_as_python_prints_them() {
-        // made by tests/fixtures/cli/python_format.py
+        // written by tests/fixtures/cli/python_format.py
         let table = include_str!("../../tests/fixtures/cli/python_format.tsv");
         for line in table.lines() {
             let (value, want) = line.split_once('\t').unwrap();
@@ -165,7 +150,7 @@ mod tests {
         assert_eq!(show("a\nb\t\x1b[31m\u{202e}"), "a\\nb\\t\\u{1b}[31m\\u{202e}");
         #[cfg(unix)]
         {
-            use std::os::unix::ffi::OsStrExt as _;
+            use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
             assert_eq!(show(OsStr::from_bytes(b"\xff\xc3(\xe2\x98\x83")), "\\xff\\xc3(☃");
         }
         let long = message(&"é".repeat(MAX_MESSAGE));

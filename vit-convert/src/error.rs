@@ -1,8 +1,8 @@
-//! The one error type of this crate: what happened, in which file, at which node, and what to do about it.
+//! The error type of this crate. A message says what happened, in which file and at which node, and what to do about it.
 
 use std::path::{Path, PathBuf};
 
-/// The result of everything fallible here.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a model was not converted.
@@ -14,62 +14,62 @@ pub enum Error {
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file is there, but is not what it should be.
+    /// A file exists but cannot be used.
     #[error("{}: {why}", path.display())]
     File {
         /// The file or folder.
         path: PathBuf,
-        /// What was expected, what was found, what to do.
+        /// What was expected, what was found and what to do.
         why: String,
     },
     /// The graph as a whole cannot be used.
     #[error("{0}")]
     Graph(String),
-    /// A node that cannot be used.
+    /// A node cannot be used.
     #[error("node `{node}` ({op}): {why}")]
     Node {
-        /// The file's name for it, or `op#index` where it has none.
+        /// The node's name in the file, or `op#index` if it has none.
         node: String,
-        /// Its operator, with the domain where that is not ONNX's own.
+        /// Its operator, with the domain unless that is ONNX's own.
         op: String,
-        /// What was expected, what was found.
+        /// What was expected and what was found.
         why: String,
     },
-    /// A constant of the file, or a tensor of the model, that cannot be used.
+    /// A constant in the file, or a tensor of the model, cannot be used.
     #[error("tensor `{name}`: {why}")]
     Tensor {
-        /// The file's name for it.
+        /// Its name in the file.
         name: String,
-        /// What was expected, what was found.
+        /// What was expected and what was found.
         why: String,
     },
-    /// The converted model does not compute what the file computes.
+    /// The converted model does not compute what the graph computes.
     #[error("verification failed: {0}")]
-    Verify(#[from] crate::verify::Error),
-    /// An error with the file that it happened in.
+    Verify(#[from] crate::verify::error::Error),
+    /// Another error, with the file that caused it.
     #[error("{}: {source}", path.display())]
     In {
         /// The file.
         path: PathBuf,
-        /// What happened.
+        /// The error.
         source: Box<Error>,
     },
-    /// An error of the model's library.
+    /// An error from `vit_model`.
     #[error(transparent)]
     Model(#[from] vit_model::Error),
 }
 
 impl Error {
-    /// An I/O error with its path.
+    /// Returns a function that adds `path` to an I/O error.
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
     }
 
-    /// A file that is not what it should be.
+    /// A file that exists but cannot be used.
     pub fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
         Self::File { path: path.into(), why: why.into() }
     }
@@ -79,22 +79,17 @@ impl Error {
         Self::Graph(why.into())
     }
 
-    /// A node that cannot be used.
-    pub fn node(node: &crate::graph::Node, why: impl Into<String>) -> Self {
-        Self::Node { node: node.name.clone(), op: node.operator(), why: why.into() }
-    }
-
     /// A tensor that cannot be used.
     pub fn tensor(name: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Tensor { name: name.into(), why: why.into() }
     }
 
-    /// Names the file, unless the error does already.
+    /// Adds the file to the error, unless it already names one.
     #[must_use]
     pub fn at(self, path: &Path) -> Self {
         match self {
             Self::Io { .. } | Self::File { .. } | Self::In { .. } => self,
-            Self::Model(vit_model::Error::Io { .. } | vit_model::Error::File { .. }) => self,
+            Self::Model(error) if error.path().is_some() => Self::Model(error),
             other => Self::In { path: path.into(), source: Box::new(other) },
         }
     }

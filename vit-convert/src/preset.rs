@@ -1,4 +1,4 @@
-//! `--preprocess`: a well-known way from a photograph to the input, or changes to timm's defaults.
+//! `--preprocess`: a well-known preprocessing by name, or changes to timm's defaults.
 
 use serde_json::json;
 use vit_model::PreprocessConfig;
@@ -6,10 +6,10 @@ use vit_model::PreprocessConfig;
 use crate::{Error, Result};
 
 /// `imagenet`, `inception`, `clip`, or `key=value` pairs: `mean=0.5,std=0.4:0.5:0.6,crop_pct=0.9,interpolation=bicubic`.
-/// The image size is filled in from the model.
+/// The caller replaces the image size with the model's.
 ///
 /// # Errors
-/// A name or a key that is not known, and a value that is no number.
+/// An unknown name or key, or a value that is not valid for its key.
 pub fn parse(text: &str) -> Result<PreprocessConfig> {
     let wrong = |why: String| Error::graph(format!("--preprocess {text}: {why}"));
     let base = |mean: [f64; 3], std: [f64; 3], crop_pct: f64| {
@@ -38,7 +38,9 @@ pub fn parse(text: &str) -> Result<PreprocessConfig> {
             "crop_pct" => json!(number(value)?),
             "interpolation" | "crop_mode" => json!(value),
             _ => {
-                return Err(wrong(format!("{key} is not known: mean, std, crop_pct, interpolation and crop_mode are")));
+                return Err(wrong(format!(
+                    "unknown key {key}; the keys are mean, std, crop_pct, interpolation and crop_mode"
+                )));
             }
         };
     }
@@ -52,6 +54,8 @@ pub fn parse(text: &str) -> Result<PreprocessConfig> {
 
 #[cfg(test)]
 mod tests {
+    use vit_model::{CropMode, Interpolation};
+
     use super::parse;
 
     #[test]
@@ -60,7 +64,7 @@ mod tests {
         assert_eq!(parse("inception").unwrap().mean, [0.5; 3]);
         let mixed = parse("mean=0.1:0.2:0.3,std=0.25,interpolation=bilinear,crop_mode=squash").unwrap();
         assert_eq!((mixed.mean, mixed.std), (vec![0.1, 0.2, 0.3], vec![0.25; 3]));
-        assert_eq!((mixed.interpolation.as_str(), mixed.crop_mode.as_str()), ("bilinear", "squash"));
+        assert_eq!((mixed.interpolation, mixed.crop_mode), (Interpolation::Bilinear, CropMode::Squash));
         for bad in ["", "imagnet", "mean=red", "std=0", "size=3", "crop_pct=0", "interpolation=best", "mean=0.5,"] {
             assert!(parse(bad).is_err(), "{bad}");
         }

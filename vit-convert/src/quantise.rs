@@ -1,90 +1,30 @@
-//! `--dtype q8`: a model's matrices in ggml's Q8_0, and how far that moves its answers.
+//! Measures how much `--dtype q8` changes a model's outputs.
 
-use std::{collections::BTreeMap, sync::Arc};
-
-use candle_core::{
-    Device, Tensor,
-    quantized::{GgmlDType, QTensor},
-};
-use serde_json::{Value, json};
-use vit_model::{ModelInfo, Predictor, TensorInfo, Weights, gguf, load::Checkpoint, weights::Dtype};
+use vit_model::predictor::{Output, Wanted};
+use vit_model::{Checkpoint, Distance, Verification};
 
 use crate::{Error, Result, verify};
 
-/// Weights whose matrices are in blocks of Q8_0, made from others when they are read.
-///
-/// A matrix has two dimensions, the inner one a multiple of 32: every linear of a usual ViT. The patch projection, norms,
-/// biases, tokens and position embeddings are not, and stay as they are.
-pub struct Quantised {
-    inner: Arc<dyn Weights>,
-    infos: BTreeMap<String, TensorInfo>,
-}
-
-impl Quantised {
-    /// The weights that are to be quantised.
-    pub fn new(inner: Arc<dyn Weights>) -> Self {
-        let dtype = |info: &TensorInfo| if is_matrix(info) { Dtype::F32 } else { info.dtype };
-        let info = |info: &TensorInfo| TensorInfo { dtype: dtype(info), shape: info.shape.clone() };
-        let infos = inner.tensors().iter().map(|(name, i)| (name.clone(), info(i))).collect();
-        Self { inner, infos }
-    }
-}
-
-fn is_matrix(info: &TensorInfo) -> bool {
-    matches!(*info.shape, [_, row] if row.is_multiple_of(gguf::BLOCK))
-}
-
-impl Weights for Quantised {
-    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
-        &self.infos
-    }
-
-    fn read(&self, name: &str) -> vit_model::Result<Vec<u8>> {
-        if !self.is_q8_0(name) {
-            return self.inner.read(name);
-        }
-        Ok(gguf::dequantise(&self.read_q8_0(name)?).flat_map(f32::to_le_bytes).collect())
-    }
-
-    fn is_q8_0(&self, name: &str) -> bool {
-        self.infos.get(name).is_some_and(is_matrix)
-    }
-
-    fn read_q8_0(&self, name: &str) -> vit_model::Result<Vec<u8>> {
-        let values = self.inner.read_f32(name)?;
-        let largest = values.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        let len = values.len();
-        let blocks = QTensor::quantize(&Tensor::from_vec(values, len, &Device::Cpu)?, GgmlDType::Q8_0)?;
-        let blocks = blocks.data()?.into_owned();
-        let too_large =
-            |_| vit_model::Error::tensor(name, format!("its largest value {largest} does not fit into Q8_0"));
-        gguf::check_scales(name, &blocks).map_err(too_large)?;
-        Ok(blocks)
-    }
-}
-
-/// How far quantised weights move a model's answers.
+/// How much quantised weights change a model's outputs.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Moved {
-    /// Largest difference of a logit (of what the head would read, where there is none).
+    /// Largest difference of a logit, or of a pre-logits feature if the model has no head.
     pub max_abs: f64,
-    /// The same, relative to the largest magnitude.
+    /// The same, relative to the largest magnitude of the unquantised model's outputs.
     pub max_rel: f64,
-    /// Images whose best class stays, and images tried; none where there are no classes.
+    /// The number of images whose best class stays the same, and of images tried. `None` if the model has fewer than two
+    /// classes.
     pub top1: Option<(usize, usize)>,
     /// Images tried.
     pub inputs: usize,
 }
 
 impl Moved {
-    /// As the file's metadata keeps it. Two digits, so that the bytes do not depend on the order of a sum.
-    pub fn to_json(&self) -> Value {
-        let round = |x: f64| format!("{x:.1e}").parse::<f64>().unwrap_or(x);
-        let mut doc = json!({ "max_abs": round(self.max_abs), "max_rel": round(self.max_rel), "inputs": self.inputs });
-        if let Some((same, of)) = self.top1 {
-            doc["top1_equal"] = json!([same, of]);
-        }
-        doc
+    /// Adds this result to the verification record of the written file.
+    pub fn record(&self, verified: Option<Verification>) -> Verification {
+        let far = Distance::new(self.max_abs, self.max_rel);
+        verified.unwrap_or_default().with_q8_0(far, self.inputs, self.top1)
     }
 }
 
@@ -102,20 +42,33 @@ impl std::fmt::Display for Moved {
     }
 }
 
-/// Runs a model with its own and with quantised weights, one after the other, in f32.
+/// A checkpoint with its matrices in Q8_0. With `measure`, also how far that moves the answers, which its document records.
 ///
 /// # Errors
-/// Weights that cannot be read or run, answers that are not finite.
-pub fn moved(info: &ModelInfo, own: Arc<dyn Weights>, quantised: Arc<dyn Weights>) -> Result<Moved> {
+/// As [`moved`].
+pub fn quantise(checkpoint: &Checkpoint, measure: bool) -> Result<(Checkpoint, Option<Moved>)> {
+    let moved = measure.then(|| moved(checkpoint)).transpose()?;
+    let mut quantised = checkpoint.quantised();
+    if let Some(moved) = &moved {
+        quantised.info.verified = Some(moved.record(quantised.info.verified.take()));
+    }
+    Ok((quantised, moved))
+}
+
+/// Runs a model with its original and then with quantised weights, both in f32.
+///
+/// # Errors
+/// If the weights cannot be read or run, or an output is not finite.
+fn moved(checkpoint: &Checkpoint) -> Result<Moved> {
+    let info = checkpoint.info();
     let (pixels, inputs) = verify::images(&info.model)?;
-    let answers = |weights: Arc<dyn Weights>| -> Result<Vec<f32>> {
-        let checkpoint = Checkpoint::new(info.clone(), weights)?;
-        let model = Predictor::new(&checkpoint, &verify::exact(verify::is_large(&info.model)))?;
-        let mut answers = Vec::new();
-        model.logits_into(&pixels, inputs, &mut answers)?;
-        Ok(answers)
+    let answers = |checkpoint: &Checkpoint| -> Result<Vec<f32>> {
+        let model = verify::exact(verify::is_large(&info.model)).checkpoint(checkpoint)?;
+        let mut output = Output::default();
+        model.forward_into(&pixels, inputs, Wanted::Logits, &mut output)?;
+        Ok(output.logits.unwrap_or(output.pre_logits))
     };
-    let (own, quantised) = (answers(own)?, answers(quantised)?);
+    let (own, quantised) = (answers(checkpoint)?, answers(&checkpoint.quantised())?);
     if let Some(bad) = own.iter().chain(&quantised).find(|v| !v.is_finite()) {
         return Err(Error::graph(format!("the model answers {bad}")));
     }

@@ -11,9 +11,9 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use candle_core::{DType, Device, Tensor};
-use image::{ImageBuffer, Luma, Rgb, RgbImage, imageops};
-use vit_model::{image::Image, load, preprocess::Preprocess, tap};
+use vit_model::image::Image;
+use vit_model::image_crate::{ImageBuffer, Luma, Rgb, RgbImage, imageops};
+use vit_model::{Predictor, predictor::Runtime};
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../weights/digits");
 const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/attention");
@@ -22,36 +22,30 @@ const MIN_SIDE: u32 = 224;
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let model = args.next().unwrap_or_else(|| format!("{DIGITS}/model.safetensors"));
+    let model = args.next().unwrap_or_else(|| "digits".into());
     let image = args.next().unwrap_or_else(|| format!("{DIGITS}/samples/8.png"));
     let folder = args.next().unwrap_or_else(|| TARGET.into());
 
-    let checkpoint = load::pretrained(&model)?;
-    let config = &checkpoint.info.model;
-    let preprocess = Preprocess::new(&checkpoint.info.preprocess)?;
-    let image = Image::open(image.as_ref(), true)?;
-    let [h, w] = config.img_size;
-
-    let x = Tensor::from_vec(preprocess.apply(&image)?, (1, config.in_chans, h, w), &Device::Cpu)?;
-    let vit = checkpoint.model(DType::F32, &Device::Cpu)?; // the CPU engine keeps no attention maps, candle's modules do
-    let maps = vit.attention_maps(&x)?; // a block each, or as many for every block: [1, heads, N, N]
-    let mean = |maps: &[Tensor]| Tensor::cat(maps, 1)?.squeeze(0)?.mean(0); // [N, N]
-    let blocks = maps.chunks(maps.len().div_ceil(config.depth)).map(mean).collect::<Result<Vec<_>, _>>()?;
+    // the CPU engine keeps no attention, candle's modules do
+    let model = Predictor::builder().runtime(Runtime::Modules).open(&model)?;
+    let image = Image::open(image)?;
+    let maps = model.attention(&image)?;
 
     // what the model saw of the image: resized and cropped
-    let seen = RgbImage::from_raw(w as u32, h as u32, preprocess.resize_and_crop(&image)?);
+    let [h, w] = model.config().img_size;
+    let seen = RgbImage::from_raw(w as u32, h as u32, model.preprocess()?.resize_and_crop(&image)?);
     let seen = seen.context("the model does not read pictures in colour")?;
-    let draw = |attention: &Tensor, name: &str| -> anyhow::Result<()> {
+    let draw = |attention: &[f32], name: &str| -> anyhow::Result<()> {
         let path = Path::new(&folder).join(name);
-        overlay(&seen, &tap::per_patch(attention, config)?, config.grid()).save(&path)?;
+        overlay(&seen, &maps.per_patch(attention)?, maps.grid()).save(&path)?;
         println!("{}", path.display());
         Ok(())
     };
     std::fs::create_dir_all(&folder).with_context(|| folder.clone())?;
-    for (block, attention) in blocks.iter().enumerate() {
-        draw(attention, &format!("block-{block:02}.png"))?;
+    for map in &maps {
+        draw(&map.mean()?, &format!("{}.png", map.name()))?;
     }
-    draw(&tap::rollout(&blocks)?, "rollout.png")
+    draw(&maps.rollout()?, "rollout.png")
 }
 
 /// The map, stretched to its own range and smooth between patches, half transparent over the picture.

@@ -8,28 +8,26 @@
 //! Arguments: a model (a file, a folder or a Hub id), the query, and the folder. Without them: the digits model, its
 //! sample of a nine, and all its samples.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context as _;
-use vit_model::{Predictor, image::Image, load, predictor::Options};
+use vit_model::{Predictor, image};
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../weights/digits");
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let model = args.next().unwrap_or_else(|| format!("{DIGITS}/model.safetensors"));
+    let model = Predictor::open(args.next().unwrap_or_else(|| "digits".into()))?;
     let query = args.next().unwrap_or_else(|| format!("{DIGITS}/samples/9.png"));
     let folder = args.next().unwrap_or_else(|| format!("{DIGITS}/samples"));
 
-    let predictor = Predictor::new(&load::pretrained(&model)?, &Options::default())?;
-    let wanted = embed(&predictor, query.as_ref())?;
-
-    let mut found: Vec<(f32, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(&folder).with_context(|| folder.clone())? {
-        let path = entry?.path();
-        match embed(&predictor, &path) {
-            Ok(embedding) => found.push((cosine(&wanted, &embedding), path)),
-            Err(why) => eprintln!("left out: {why}"), // what is in a folder need not be an image
+    let images = image::files(&folder).collect::<vit_model::Result<Vec<PathBuf>>>()?;
+    let wanted = model.embed_all([&query]).normalize().next().expect("an answer for each input")?;
+    let mut found = Vec::new();
+    for (path, vector) in images.iter().zip(model.embed_all(&images).normalize()) {
+        match vector {
+            // of two vectors of length 1 the product is the cosine
+            Ok(vector) => found.push((wanted.iter().zip(&vector).map(|(a, b)| a * b).sum::<f32>(), path)),
+            Err(why) => eprintln!("left out: {why}"),
         }
     }
     found.sort_by(|(a, _), (b, _)| b.total_cmp(a));
@@ -39,18 +37,4 @@ fn main() -> anyhow::Result<()> {
         println!("  {similarity:7.4}  {}", path.display());
     }
     Ok(())
-}
-
-/// What the model's head would read: its features, pooled, of length 1.
-fn embed(predictor: &Predictor, path: &Path) -> vit_model::Result<Vec<f32>> {
-    let pixels = predictor.preprocess()?.apply(&Image::open(path, true)?)?; // [C, H, W]
-    let mut features = predictor.forward(&pixels, 1)?.pre_logits; // [D]
-    let length = features.iter().map(|f| f * f).sum::<f32>().sqrt();
-    features.iter_mut().for_each(|f| *f /= length);
-    Ok(features)
-}
-
-/// Of two vectors of length 1: 1 where they agree, 0 where they have nothing in common.
-fn cosine(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -6,14 +6,18 @@
 //! $ cargo run --release -p vit-model --example classify target/finetuned.safetensors
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer as _, ParamsAdamW, VarBuilder, VarMap, loss};
-use vit_model::{Config, ModelInfo, VisionTransformer, finetune, image::Image, load, preprocess::Preprocess};
+use vit_model::{
+    Checkpoint, Config, Format, ModelInfo, VisionTransformer, checkpoint,
+    image::{Image, Preprocess},
+    vit::finetune,
+};
 
 const DIGITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../weights/digits");
 const OUTPUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/finetuned.safetensors");
@@ -26,9 +30,9 @@ const LAYER_DECAY: f64 = 0.95;
 
 fn main() -> anyhow::Result<()> {
     // the architecture of the digits model, its preprocessing and labels, with larger patches, which train faster
-    let digits = load::info(format!("{DIGITS}/model.safetensors").as_ref())?;
-    let config = Config { patch_size: [8, 8], ..digits.model };
-    let info = ModelInfo { model: config, source: BTreeMap::new(), verified: None, ..digits };
+    let digits = checkpoint::info(format!("{DIGITS}/model.safetensors").as_ref())?;
+    let mut info = ModelInfo::new(digits.model, digits.preprocess).with_labels(digits.labels);
+    info.model.patch_size = [8, 8];
     let preprocess = Preprocess::new(&info.preprocess)?;
     let (images, labels) = data(format!("{DIGITS}/train.safetensors").as_ref(), 16, &preprocess)?;
     let (unseen, answers) = data(format!("{DIGITS}/heldout.safetensors").as_ref(), 255, &preprocess)?;
@@ -65,7 +69,10 @@ fn main() -> anyhow::Result<()> {
     let right = found.eq(&answers)?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>()?;
     println!("{:.1} % of {} unseen images are right", 100.0 * right, unseen.dim(0)?);
     ensure!(right > 0.95, "expected more than 95 %");
-    save(&map, &info, OUTPUT.as_ref())
+    Path::new(OUTPUT).parent().map_or(Ok(()), std::fs::create_dir_all)?;
+    Checkpoint::from_var_map(info, &map)?.save(OUTPUT, Format::Safetensors)?;
+    println!("{OUTPUT}");
+    Ok(())
 }
 
 /// Images `[N, C, H, W]` as the model reads them, and their labels `[N]`, of a file with grey levels from 0 to `white`.
@@ -122,15 +129,4 @@ fn shuffled(count: usize, seed: &mut u64) -> Vec<u32> {
 fn random(limit: usize, seed: &mut u64) -> usize {
     *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*seed >> 33) as usize % limit
-}
-
-/// A checkpoint that `load::open` reads: the weights, with the document that describes them.
-fn save(map: &VarMap, info: &ModelInfo, path: &Path) -> anyhow::Result<()> {
-    let document = HashMap::from([("config".to_owned(), serde_json::to_string(info)?)]);
-    let variables = map.data().lock().expect("no thread has panicked");
-    let tensors = variables.iter().map(|(name, var)| (name, var.as_tensor()));
-    path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
-    safetensors::serialize_to_file(tensors, Some(document), path)?;
-    println!("{}", path.display());
-    Ok(())
 }

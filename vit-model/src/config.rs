@@ -1,9 +1,7 @@
-//! `Config`: every switch of the ViT family as data, and the JSON document that our files carry.
+//! `Config`: every architectural switch of the ViT family as data.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]
-
-use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,30 +9,35 @@ use crate::{Error, Result};
 
 /// The architecture of a Vision Transformer (arXiv 2010.11929 and its family), under timm's names.
 ///
-/// The same fields, in this order, are the `model` object of the `config` that our safetensors files carry. A switch
-/// that was added later has a default which means "absent", and is left out of the JSON where it has that default.
+/// The `model` object in the `config` of our safetensors files has the same fields in this order. A switch that was
+/// added later has a default that means "absent", and is left out of the JSON if it has that default.
+///
+/// Adding a switch takes a field, its default in [`vit`](Self::vit), and the places where it acts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Config {
     /// `[height, width]` of the image in pixels.
     pub img_size: [usize; 2],
-    /// `[height, width]` of a patch in pixels; what does not fill a patch at the right and bottom is not read.
+    /// `[height, width]` of a patch in pixels. Pixels that do not fill a patch at the right and bottom edges are
+    /// ignored.
     pub patch_size: [usize; 2],
     /// Channels of the image.
     pub in_chans: usize,
-    /// Classes of the head; 0: no head, features only.
+    /// Number of classes. If it is 0, the model has no head and returns features.
     pub num_classes: usize,
     /// Width of a token.
     pub embed_dim: usize,
     /// Number of blocks.
     pub depth: usize,
-    /// Attention heads of a block; they divide `embed_dim`.
+    /// Attention heads in a block. `embed_dim` must be a multiple of it.
     pub num_heads: usize,
-    /// Hidden width of the MLP: rows of `fc1` (of each half, where `mlp` is `swiglu`; of both, where `swiglu_packed`).
+    /// Outputs of the MLP's `fc1`: of `fc1_g` and `fc1_x` each for `swiglu`, of gate and value together for
+    /// `swiglu_packed`.
     pub mlp_hidden: usize,
     /// The kind of MLP.
     pub mlp: MlpKind,
-    /// The activation in the MLP (in its gate, where it has one).
+    /// The activation in the MLP, or in its gate if it has one.
     pub act: Activation,
     /// ε of every norm.
     pub ln_eps: f64,
@@ -44,29 +47,29 @@ pub struct Config {
     pub qkv_bias: bool,
     /// The projection after the attention has a bias.
     pub proj_bias: bool,
-    /// q and k are normed per head before the attention.
+    /// q and k are normalised per head before attention.
     pub qk_norm: bool,
-    /// A class token stands first.
+    /// The first token is a class token.
     pub class_token: bool,
-    /// DeiT's distillation token stands second, and a second head reads it.
+    /// The second token is DeiT's distillation token, which a second head reads.
     pub dist_token: bool,
-    /// Register tokens between the class token and the patches.
+    /// Number of register tokens between the class token and the patches.
     pub reg_tokens: usize,
-    /// `pos_embed` covers the patches only.
+    /// `pos_embed` covers only the patches.
     pub no_embed_class: bool,
-    /// There is a position embedding.
+    /// The model has a position embedding.
     pub pos_embed: bool,
-    /// A norm before the first block (`norm_pre`, as CLIP has it).
+    /// A norm before the first block (`norm_pre`), as in CLIP.
     pub pre_norm: bool,
-    /// A norm after the last block, before (`norm`) or after (`fc_norm`) the pooling.
+    /// A norm after the last block, either before (`norm`) or after (`fc_norm`) pooling.
     pub final_norm: bool,
-    /// That norm stands after the pooling.
+    /// The final norm runs after pooling.
     pub fc_norm: bool,
     /// LayerScale (`ls1.gamma`, `ls2.gamma`).
     pub layer_scale: bool,
-    /// How tokens become one vector.
+    /// How tokens are pooled into one vector.
     pub global_pool: Pool,
-    /// A linear and tanh before the head, as the original ViT had for ImageNet-21k.
+    /// A linear layer and tanh before the head, as in the original ViT for ImageNet-21k.
     pub pre_logits: Option<PreLogits>,
     /// The head has a bias.
     pub head_bias: bool,
@@ -74,13 +77,13 @@ pub struct Config {
     /// The kind of every norm.
     #[serde(default, skip_serializing_if = "is_default")]
     pub norm: NormKind,
-    /// A norm in the patch embedding (`patch_embed.norm`), as AIMv2 has it.
+    /// A norm in the patch embedding (`patch_embed.norm`), as in AIMv2.
     #[serde(default, skip_serializing_if = "is_default")]
     pub patch_norm: bool,
-    /// A norm before `attn.proj` (`attn.norm`), as BEiT-3 has it.
+    /// A norm before `attn.proj` (`attn.norm`), as in BEiT-3.
     #[serde(default, skip_serializing_if = "is_default")]
     pub scale_attn_norm: bool,
-    /// A norm before `mlp.fc2` (`mlp.norm`), as BEiT-3 has it.
+    /// A norm before `mlp.fc2` (`mlp.norm`), as in BEiT-3.
     #[serde(default, skip_serializing_if = "is_default")]
     pub scale_mlp_norm: bool,
     /// The wiring of a block.
@@ -89,7 +92,7 @@ pub struct Config {
     /// Differential attention in every block (arXiv 2410.05258).
     #[serde(default, skip_serializing_if = "is_default")]
     pub diff_attn: bool,
-    /// Pooling by mean or max reads the prefix tokens too.
+    /// Pooling includes the prefix tokens (class, distillation, registers).
     #[serde(default, skip_serializing_if = "is_default")]
     pub pool_include_prefix: bool,
 }
@@ -97,19 +100,21 @@ pub struct Config {
 /// The kind of MLP in a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum MlpKind {
     /// `fc2(act(fc1(x)))`
     #[default]
     Mlp,
     /// `fc2(act(fc1_g(x)) · fc1_x(x))`
     Swiglu,
-    /// As `Swiglu`, with gate and value in one `fc1`, the gate's rows first.
+    /// Like `Swiglu`, with gate and value in one `fc1`, the gate's rows first.
     SwigluPacked,
 }
 
 /// The activation of the MLP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Activation {
     /// `x/2 · (1 + erf(x/√2))`
     #[default]
@@ -124,9 +129,10 @@ pub enum Activation {
     Silu,
 }
 
-/// How tokens become the one vector that the head reads (timm's `global_pool`).
+/// How tokens are pooled into the vector that the head reads (timm's `global_pool`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Pool {
     /// The class token.
     #[default]
@@ -139,10 +145,10 @@ pub enum Pool {
     Max,
     /// The mean of `Avg` and `Max`.
     Avgmax,
-    /// The class token and the mean of the patch tokens, side by side: twice as wide (transformers'
-    /// `Dinov2ForImageClassification`; timm has none).
+    /// The class token and the mean of the patch tokens, concatenated, so twice as wide
+    /// (`Dinov2ForImageClassification` in transformers; timm has no equivalent).
     TokenAvg,
-    /// None: the head, if there is one, reads every token.
+    /// No pooling: the head, if there is one, is applied to every token.
     #[serde(rename = "")]
     None,
 }
@@ -150,6 +156,7 @@ pub enum Pool {
 /// The kind of every norm in a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum NormKind {
     /// Mean and variance over the channels, weight and bias.
     #[default]
@@ -161,6 +168,7 @@ pub enum NormKind {
 /// The wiring of a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BlockKind {
     /// `x + attn(norm1(x))`, then `x + mlp(norm2(x))`.
     #[default]
@@ -176,144 +184,138 @@ pub enum BlockKind {
 }
 
 /// `tanh(fc(x))` before the head.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct PreLogits {
     /// Width of `pre_logits.fc`.
     pub size: usize,
-    /// The activation; only `tanh` exists.
-    pub act: String,
+    /// The activation.
+    pub act: PreLogitsActivation,
 }
 
-/// How a photograph becomes the model's input, under the names of timm's `pretrained_cfg`.
-///
-/// The picture is resized (by `resize` if that is there, else by `crop_mode` and `crop_pct`), cropped at its centre to
-/// `input_size` (padded, where it is smaller), divided by 255 and normalised.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PreprocessConfig {
-    /// `[channels, height, width]` of the input.
-    pub input_size: [usize; 3],
-    /// The resampling filter: `bicubic`, `bilinear`, `lanczos`, `box`, `nearest`, `hamming`.
-    pub interpolation: String,
-    /// The resize target is `floor(size / crop_pct)`; the crop is `size`.
-    pub crop_pct: f64,
-    /// `center`, `squash` or `border`, as in timm's `transforms_factory.py`; `none` with a `resize` that no crop follows.
-    pub crop_mode: String,
-    /// Subtracted per channel, after `/255`.
-    pub mean: Vec<f64>,
-    /// Divided by per channel, after the mean.
-    pub std: Vec<f64>,
-    /// A resize that `crop_pct` cannot express (Hugging Face's `size`); it takes the place of `crop_mode` and `crop_pct`.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub resize: Option<Resize>,
-    /// The arithmetic of Hugging Face's processors: torchvision's 8-bit resize, the crop's offset rounded down. Absent:
-    /// timm's, which is Pillow's resize and an offset rounded half to even.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub torchvision: bool,
-    /// The one transparent colour that a palette or grey file may have becomes white (`do_convert_rgb` does so). Absent:
-    /// it is dropped like all transparency.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub white_key: bool,
-}
-
-/// The size that a picture is resized to before the crop, in pixels (the forms of Hugging Face's `size`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Resize {
-    /// Not resized.
-    None,
-    /// `[height, width]`, whatever the picture's aspect ratio.
-    Exact([usize; 2]),
-    /// The shorter edge; the longer one follows.
-    ShortestEdge(usize),
-    /// `[shortest, longest]`: the shorter edge, or less where the longer one would grow beyond its own limit.
-    Edges([usize; 2]),
-    /// `[max_height, max_width]`: as large as fits into both.
-    Within([usize; 2]),
-}
-
-impl PreprocessConfig {
-    /// timm's defaults for an image size: bicubic, `crop_pct` 0.9, mean and standard deviation 0.5.
-    pub fn for_config(config: &Config) -> Self {
-        let [h, w] = config.img_size;
-        Self {
-            input_size: [config.in_chans, h, w],
-            interpolation: "bicubic".into(),
-            crop_pct: 0.9,
-            crop_mode: "center".into(),
-            mean: vec![0.5; config.in_chans],
-            std: vec![0.5; config.in_chans],
-            resize: None,
-            torchvision: false,
-            white_key: false,
-        }
+impl PreLogits {
+    /// `tanh(fc(x))` with `size` outputs.
+    pub const fn tanh(size: usize) -> Self {
+        Self { size, act: PreLogitsActivation::Tanh }
     }
 }
 
-/// The JSON document that a safetensors file of ours carries in `__metadata__.config`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelInfo {
-    /// Version of this document: 1.
-    pub vit: u32,
-    /// The architecture.
-    pub model: Config,
-    /// How an image becomes the input.
-    pub preprocess: PreprocessConfig,
-    /// Class names, one per class.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub labels: Option<Vec<String>>,
-    /// Where the weights come from: `producer`, `opset`, `sha256`, …
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub source: BTreeMap<String, serde_json::Value>,
-    /// The result of the conversion's verification.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verified: Option<serde_json::Value>,
+/// The activation after `pre_logits.fc`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum PreLogitsActivation {
+    /// `tanh(x)`
+    #[default]
+    Tanh,
 }
 
-impl ModelInfo {
-    /// Refuses what no model can have.
-    pub fn validate(&self) -> Result<()> {
-        self.model.validate()?;
-        if let Some(labels) = self.labels.as_ref().filter(|labels| labels.len() != self.model.num_classes) {
-            let classes = self.model.num_classes;
-            return Err(Error::Config(format!(
-                "`labels` must be {classes} names, one per class, found {}",
-                labels.len()
-            )));
-        }
-        Ok(())
+impl Default for Config {
+    /// ViT-B/16 for 224 × 224 pixels and ImageNet's 1000 classes.
+    fn default() -> Self {
+        Self::vit([224, 224], [16, 16], 768, 12, 12)
     }
 }
 
 impl Config {
+    /// The Vision Transformer of the original paper (arXiv 2010.11929) in another size, as timm builds it: RGB images,
+    /// 1000 classes, an MLP four times as wide as a token, a class token that the head reads, and every other switch
+    /// off.
+    ///
+    /// Set the fields that differ:
+    /// ```
+    /// use vit_model::{Config, Pool};
+    ///
+    /// let mut config = Config::vit([224, 224], [16, 16], 192, 12, 3);
+    /// config.num_classes = 5;
+    /// (config.class_token, config.global_pool, config.fc_norm) = (false, Pool::Avg, true);
+    /// # config.validate().unwrap();
+    /// ```
+    pub const fn vit(
+        img_size: [usize; 2],
+        patch_size: [usize; 2],
+        embed_dim: usize,
+        depth: usize,
+        num_heads: usize,
+    ) -> Self {
+        Self {
+            img_size,
+            patch_size,
+            in_chans: 3,
+            num_classes: 1000,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_hidden: embed_dim.saturating_mul(4),
+            mlp: MlpKind::Mlp,
+            act: Activation::Gelu,
+            ln_eps: 1e-6,
+            patch_bias: true,
+            qkv_bias: true,
+            proj_bias: true,
+            qk_norm: false,
+            class_token: true,
+            dist_token: false,
+            reg_tokens: 0,
+            no_embed_class: false,
+            pos_embed: true,
+            pre_norm: false,
+            final_norm: true,
+            fc_norm: false,
+            layer_scale: false,
+            global_pool: Pool::Token,
+            pre_logits: None,
+            head_bias: true,
+            norm: NormKind::LayerNorm,
+            patch_norm: false,
+            scale_attn_norm: false,
+            scale_mlp_norm: false,
+            block: BlockKind::Standard,
+            diff_attn: false,
+            pool_include_prefix: false,
+        }
+    }
+
+    /// The names of the later switches that are set: those that the JSON of a plain ViT leaves out.
+    ///
+    /// Code that cannot handle every switch, such as the CPU engine or a writer for another library, refuses models
+    /// with one that it does not know, so that a new switch is never ignored silently.
+    pub(crate) fn later_switches(&self) -> Vec<String> {
+        let fields = |config: &Self| match serde_json::to_value(config) {
+            Ok(serde_json::Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let plain = fields(&Self::default());
+        fields(self).into_iter().map(|(name, _)| name).filter(|name| !plain.contains_key(name)).collect()
+    }
+
     /// Rows and columns of patches: `floor(img_size / patch_size)`.
     pub fn grid(&self) -> [usize; 2] {
         let ([h, w], [p, q]) = (self.img_size, self.patch_size);
         [h.checked_div(p).unwrap_or(0), w.checked_div(q).unwrap_or(0)]
     }
 
-    /// Patches of an image.
+    /// Number of patches in an image.
     pub fn num_patches(&self) -> usize {
         let [h, w] = self.grid();
         h.saturating_mul(w)
     }
 
-    /// Tokens before the patches: class, distillation and registers.
+    /// Number of tokens before the patches: class, distillation and registers.
     pub fn num_prefix_tokens(&self) -> usize {
         self.reg_tokens.saturating_add(usize::from(self.class_token)).saturating_add(usize::from(self.dist_token))
     }
 
-    /// Tokens of an image.
+    /// Number of tokens of an image.
     pub fn num_tokens(&self) -> usize {
         self.num_patches().saturating_add(self.num_prefix_tokens())
     }
 
-    /// Patches of an image at most.
+    /// The largest number of patches in an image.
     pub const MAX_PATCHES: usize = 1 << 20;
 
-    /// Rows of `pos_embed` before those of the patches.
+    /// Rows of `pos_embed` that belong to prefix tokens.
     pub fn pos_embed_prefix(&self) -> usize {
         if self.no_embed_class { 0 } else { self.num_prefix_tokens() }
     }
@@ -323,19 +325,22 @@ impl Config {
         if self.no_embed_class { self.num_patches() } else { self.num_tokens() }
     }
 
-    /// Width of the vector that pooling makes.
+    /// Width of the pooled vector.
     pub fn pooled_dim(&self) -> usize {
         if self.global_pool == Pool::TokenAvg { self.embed_dim.saturating_mul(2) } else { self.embed_dim }
     }
 
-    /// Width of a head.
+    /// Width of an attention head.
     pub fn head_dim(&self) -> usize {
         self.embed_dim.checked_div(self.num_heads).unwrap_or(0)
     }
 
-    /// Refuses what no model can have, before anything is allocated from it.
+    /// Refuses a configuration that no model can have, so that later code may allocate and calculate from it.
+    ///
+    /// # Errors
+    /// The field that is wrong, what is possible, and what was found.
     pub fn validate(&self) -> Result<()> {
-        let fail = |why: String| Err(Error::Config(why));
+        let fail = |why: String| Err(Error::config(why));
         for (name, value, max) in [
             ("img_size[0]", self.img_size[0], 16384),
             ("img_size[1]", self.img_size[1], 16384),
@@ -383,14 +388,30 @@ impl Config {
             return fail(format!("`mlp_hidden` of swiglu_packed must be even, found {}", self.mlp_hidden));
         }
         if let Some(pre) = &self.pre_logits
-            && (pre.act != "tanh" || pre.size == 0 || pre.size > 1 << 20)
+            && (pre.size == 0 || pre.size > 1 << 20)
         {
-            return fail(format!("`pre_logits` must be tanh and of a size up to {}, found {pre:?}", 1 << 20));
+            return fail(format!("`pre_logits` must have a size of 1 to {}, found {}", 1 << 20, pre.size));
         }
         Ok(())
     }
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+/// Whether a field is left out of the JSON.
+pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_switches_are_those_that_a_plain_model_leaves_out() {
+        assert!(Config::default().later_switches().is_empty());
+        // `qk_norm` is one of the first switches
+        let config = Config { qk_norm: true, diff_attn: true, norm: NormKind::RmsNorm, ..Config::default() };
+        let mut found = config.later_switches();
+        found.sort();
+        assert_eq!(found, ["diff_attn", "norm"]);
+    }
 }

@@ -1,4 +1,4 @@
-//! From logits to an answer: probabilities, the best classes, and their names.
+//! Turns logits into predictions: probabilities, the most probable classes and their names.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]
@@ -8,39 +8,59 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, limits};
+use crate::{Error, ProblemType, Result, limits};
 
-/// One class of an answer.
+/// One class of a prediction.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Prediction {
     /// Index of the class.
     pub class: usize,
-    /// Its name, or its index in decimal where the checkpoint has no names.
+    /// The class's name, or its index in decimal if the checkpoint has no names.
     pub label: String,
-    /// Softmax over all classes, between 0 and 1.
+    /// The softmax over all classes, or the sigmoid of the logit if an image can have several labels, or if there is one
+    /// class. NaN for a regression, whose answer is [`logit`](Self::logit).
     pub probability: f32,
-    /// What the head put out.
+    /// The logit of the class; for a regression, the predicted value.
     pub logit: f32,
 }
 
-/// Softmax over one row of logits. It is summed in f64 after the maximum is subtracted, so no logit is too large.
+/// Softmax over one row of logits. It subtracts the maximum and sums in f64, so that no finite logit overflows.
 ///
-/// A NaN or an infinite logit has no probability, and is an error that names the class.
+/// # Errors
+/// [`Error::Output`] if a logit is NaN or infinite. The message names the class.
 pub fn softmax(logits: &[f32]) -> Result<Vec<f32>> {
-    if let Some((class, found)) = logits.iter().enumerate().find(|(_, l)| !l.is_finite()) {
-        return Err(Error::Input(format!(
-            "the model answers {found} for class {class}; no class can be named from that"
-        )));
-    }
+    finite(logits)?;
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let exp: Vec<f64> = logits.iter().map(|&l| (f64::from(l) - max).exp()).collect();
     let sum: f64 = exp.iter().sum();
-    #[allow(clippy::as_conversions)] // rounds
+    #[allow(clippy::as_conversions)] // rounding to f32 is intended
     let round = |p: f64| p as f32;
     Ok(exp.into_iter().map(|e| round(e / sum)).collect())
 }
 
-/// Indices of the `k` largest values, largest first; equal values in index order. NaN counts as smallest.
+/// A sigmoid for each logit.
+///
+/// # Errors
+/// As [`softmax`].
+pub fn sigmoid(logits: &[f32]) -> Result<Vec<f32>> {
+    finite(logits)?;
+    #[allow(clippy::as_conversions)] // rounding to f32 is intended
+    let sigmoid = |&l: &f32| (1.0 / (1.0 + (-f64::from(l)).exp())) as f32;
+    Ok(logits.iter().map(sigmoid).collect())
+}
+
+/// Refuses logits from which no class can be named.
+fn finite(logits: &[f32]) -> Result<()> {
+    match logits.iter().enumerate().find(|(_, l)| !l.is_finite()) {
+        Some((class, found)) => {
+            Err(Error::Output(format!("the model answers {found} for class {class}, so no class can be named")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Indices of the `k` largest values, largest first. Equal values are in index order. NaN counts as the smallest.
 pub fn top_k(values: &[f32], k: usize) -> Vec<usize> {
     let by_value = |&a: &usize, &b: &usize| -> Ordering {
         let value = |i: usize| values.get(i).copied().unwrap_or(f32::NAN);
@@ -56,31 +76,64 @@ pub fn top_k(values: &[f32], k: usize) -> Vec<usize> {
     best
 }
 
-/// The `k` best classes of one row of logits.
-pub fn predictions(logits: &[f32], labels: Option<&[String]>, k: usize) -> Result<Vec<Prediction>> {
-    let probabilities = softmax(logits)?;
+/// The `k` most probable classes of one row of logits, the most probable first; of a regression, the first `k` values.
+///
+/// # Errors
+/// As [`softmax`].
+pub fn predictions(
+    problem_type: ProblemType,
+    logits: &[f32],
+    labels: Option<&[String]>,
+    k: usize,
+) -> Result<Vec<Prediction>> {
+    let probabilities = match (problem_type, logits.len()) {
+        (ProblemType::Regression, count) => {
+            finite(logits)?;
+            vec![f32::NAN; count]
+        }
+        (ProblemType::MultiLabel, _) | (ProblemType::SingleLabel, 1) => sigmoid(logits)?,
+        (ProblemType::SingleLabel, _) => softmax(logits)?,
+    };
+    let order = match problem_type {
+        ProblemType::Regression => (0..logits.len()).take(k).collect(),
+        _ => top_k(logits, k),
+    };
+    Ok(answers(order, logits, &probabilities, labels))
+}
+
+/// The classes in an order, with what the model says of them.
+pub(crate) fn answers(
+    order: Vec<usize>,
+    logits: &[f32],
+    probabilities: &[f32],
+    labels: Option<&[String]>,
+) -> Vec<Prediction> {
     let answer = |class| {
         let (&probability, &logit) = (probabilities.get(class)?, logits.get(class)?);
         Some(Prediction { class, label: name(labels, class), probability, logit })
     };
-    Ok(top_k(logits, k).into_iter().filter_map(answer).collect())
+    order.into_iter().filter_map(answer).collect()
 }
 
-/// The name of a class, or its index in decimal where there is none.
+/// The name of a class, or its index in decimal if there is no name.
 pub fn name(labels: Option<&[String]>, class: usize) -> String {
     labels.and_then(|l| l.get(class)).cloned().unwrap_or_else(|| class.to_string())
 }
 
-/// Reads class names as they are found beside checkpoints, one name per class in class order:
+/// Reads class names, one per class in class order, in any of the formats that are common next to checkpoints:
 ///
 /// - JSON `{"0": "daisy", …}` (`class_indices.json`) or `{"daisy": 0, …}` (`label2id`);
 /// - JSON `["daisy", …]`;
-/// - JSON with one of those under `id2label`, `label2id`, `label_names` or `labels` (a `config.json`);
-/// - text, one name a line.
+/// - JSON that has one of those under `id2label`, `label2id`, `label_names` or `labels` (a `config.json`);
+/// - text, one name per line.
+///
+/// # Errors
+/// [`Error::Config`] if the format is another, an index is missing, or the text is longer than
+/// `limits::LABELS_BYTES`.
 pub fn parse(bytes: &[u8]) -> Result<Vec<String>> {
-    let fail = |why: String| Error::Config(format!("class names: {why}"));
+    let fail = |why: String| Error::config(format!("class names: {why}"));
     if bytes.len() > limits::LABELS_BYTES {
-        return Err(fail(format!("{} bytes, at most {} are read", bytes.len(), limits::LABELS_BYTES)));
+        return Err(fail(format!("{} bytes, but at most {} are read", bytes.len(), limits::LABELS_BYTES)));
     }
     let text = std::str::from_utf8(bytes).map_err(|e| fail(format!("not UTF-8 ({e})")))?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -90,7 +143,7 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<String>> {
         text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect()
     };
     if names.is_empty() {
-        return Err(fail("there is none in it".into()));
+        return Err(fail("the file contains none".into()));
     }
     Ok(names)
 }
@@ -108,11 +161,11 @@ fn from_json(value: &Value) -> Result<Vec<String>, String> {
             }
             from_map(map)
         }
-        _ => Err("expected a list of names, or an object of index and name".into()),
+        _ => Err("expected a list of names, or an object that maps indices to names or names to indices".into()),
     }
 }
 
-/// `{"0": "daisy"}` or `{"daisy": 0}`; every index from 0 on must be there once.
+/// Reads `{"0": "daisy"}` or `{"daisy": 0}`. Every index from 0 on must occur.
 fn from_map(map: &Map<String, Value>) -> Result<Vec<String>, String> {
     let by_index = map.values().all(Value::is_string);
     let mut pairs = Vec::with_capacity(map.len());
@@ -155,7 +208,7 @@ mod tests {
     #[test]
     fn no_class_is_named_from_nan_or_infinity() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = predictions(&[0.0, bad], None, 1).unwrap_err().to_string();
+            let error = predictions(ProblemType::SingleLabel, &[0.0, bad], None, 1).unwrap_err().to_string();
             assert!(error.contains("class 1"), "{error}");
         }
     }
@@ -199,5 +252,20 @@ mod tests {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert!(parse(b"\xff\xfe").is_err());
+    }
+
+    #[test]
+    fn probabilities_are_what_the_problem_asks_for() {
+        let all = |problem, logits: &[f32]| predictions(problem, logits, None, 9).unwrap();
+        let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+        let several = all(ProblemType::MultiLabel, &[-1.0, 2.0]);
+        assert_eq!(several.iter().map(|p| p.class).collect::<Vec<_>>(), [1, 0]);
+        assert!((several[0].probability - sigmoid(2.0)).abs() < 1e-6);
+        assert!((several[1].probability - sigmoid(-1.0)).abs() < 1e-6);
+        // the softmax of one logit is 1, whatever it is
+        assert!((all(ProblemType::SingleLabel, &[0.5])[0].probability - sigmoid(0.5)).abs() < 1e-6);
+        let values = all(ProblemType::Regression, &[-1.0, 2.0]);
+        assert_eq!(values.iter().map(|p| p.logit).collect::<Vec<_>>(), [-1.0, 2.0]);
+        assert!(values.iter().all(|p| p.probability.is_nan()));
     }
 }

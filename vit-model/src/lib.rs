@@ -1,64 +1,93 @@
-//! Vision Transformers in Rust: timm's whole family as candle modules, with a CPU engine, exact preprocessing, and
-//! checkpoints of timm, transformers and `vit-convert` loaded as they are.
+//! Vision Transformers in Rust: timm's whole family, with a fast CPU engine, candle modules for GPUs and training, exact
+//! preprocessing, and checkpoints of timm, transformers and `vit-convert` loaded as they are.
 //!
-//! ```no_run
-//! use candle_core::{Device, Tensor};
-//! use vit_model::{VisionTransformer, tap::{Blocks, Layout}};
+//! ```
+//! use vit_model::Predictor;
 //!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let model = VisionTransformer::load("vit_base_patch16_224".as_ref(), &Device::Cpu)?; // a folder from the Hub
-//! let images = Tensor::randn(0f32, 1.0, (2, 3, 224, 224), &Device::Cpu)?; // [B, C, H, W]
-//! let logits = model.forward(&images)?; // [B, num_classes]
-//! let tokens = model.forward_features(&images)?; // [B, 197, 768]
-//! let last = model.get_intermediate_layers(&images, Blocks::Last(4), true, Layout::Nchw)?; // 4 × [B, 768, 14, 14]
-//! let maps = model.attention_maps(&images)?; // a block each: [B, 12, 197, 197]
+//! # #[cfg(all(feature = "image", feature = "digits"))]
+//! # fn main() -> vit_model::Result<()> {
+//! # let (image, images) = ("../weights/digits/samples/3.png", ["../weights/digits/samples/8.png"]);
+//! let model = Predictor::open("digits")?; // or a file, a folder, a short name, an id on the Hub
+//! for class in model.classify(image, 3)? {
+//!     println!("{:6.2} %  {}", class.probability * 100.0, class.label);
+//! }
+//! for vector in model.embed_all(images).batch(32).normalize() {
+//!     println!("{} features", vector?.len());
+//! }
+//! let attention = model.attention(image)?.rollout()?; // [N, N]
+//! # assert_eq!(attention.len(), 65 * 65);
 //! # Ok(())
 //! # }
+//! # #[cfg(not(all(feature = "image", feature = "digits")))]
+//! # fn main() {}
 //! ```
 //!
-//! - [`Predictor`]: photographs in, named classes out, on the fastest path that the machine has.
-//! - [`VisionTransformer`]: the network, to run, look into ([`tap`]), resize ([`pos_embed`]) and train ([`finetune`]).
-//! - [`Config`] and [`names`]: every architecture as data. [`load`]: files and folders → both.
+//! - [`Predictor`] is the front door: images or tensors in, answers out. [`predictor`] has its options and results.
+//! - [`Checkpoint`] is a model on disk: its [`ModelInfo`] and its [`Weights`]. [`checkpoint`] has the formats.
+//! - [`VisionTransformer`] is the network in candle modules, to train ([`vit::finetune`]), to look into ([`vit::tap`]) and to
+//!   run at other image sizes ([`vit::pos_embed`]).
+//! - [`Config`] is an architecture as data; [`names`] knows timm's.
+//! - [`text`] is the other half of a two-tower model (CLIP, SigLIP): texts in, embeddings out, for zero-shot classification.
+//! - [`mod@image`] reads images and turns them into a model's input; [`labels`] names classes.
+//! - [`Error`] tells kinds of failure apart.
+//!
+//! [`candle`], [`candle_nn`] and [`image_crate`] are the crates whose types appear in this API, so that a program need not
+//! depend on the same versions itself.
 
-pub mod checksum;
+#![deny(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(feature = "document-features", doc = "\n# Features\n")]
+#![cfg_attr(feature = "document-features", doc = document_features::document_features!())]
+
+pub mod checkpoint;
 pub mod config;
-pub mod cpu;
+mod cpu;
+mod device;
 mod error;
-pub mod finetune;
-mod folder;
-pub mod gguf;
-#[cfg(all(test, feature = "cuda"))]
-mod gpu;
-#[cfg(test)]
-mod gradients;
-mod hf;
+mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
 #[cfg(feature = "image")]
 pub mod image;
+mod info;
 mod json;
 pub mod labels;
+pub mod layers;
 pub mod limits;
-pub mod load;
 pub mod names;
-pub mod pos_embed;
+mod precision;
 pub mod predictor;
-#[cfg(feature = "image")]
-pub mod preprocess;
-mod preprocess_config;
-#[cfg(feature = "image")]
-mod resample;
-pub mod safetensors;
-pub mod tap;
-mod timm;
-mod torchvision;
+mod preprocessing;
+#[doc(hidden)]
+pub mod printable;
+#[doc(hidden)]
+pub mod random;
+pub mod resolve;
+pub mod text;
 pub mod vit;
 pub mod weights;
 
-pub use config::{
-    Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Pool, PreLogits, PreprocessConfig, Resize,
-};
-pub use error::{Error, Result};
+#[cfg(feature = "image")]
+pub use ::image as image_crate;
+pub use candle_core as candle;
+pub use candle_nn;
+
+pub use checkpoint::{Checkpoint, Existing, Format, SaveOptions};
+pub use config::{Activation, BlockKind, Config, MlpKind, NormKind, Pool, PreLogits, PreLogitsActivation};
+pub use cpu::Isa;
+pub use device::Device;
+pub use error::{Error, Result, TensorProblem};
+pub use info::{Distance, ModelInfo, Origin, ProblemType, Verification};
+pub use precision::Precision;
 pub use predictor::Predictor;
+pub use preprocessing::{CropMode, Interpolation, PreprocessConfig, Resize};
+pub use text::TextModel;
 pub use vit::VisionTransformer;
 pub use weights::{Dtype, TensorInfo, Weights};
+
+/// The CPU engine itself, for this workspace's benchmarks and tests. [`Predictor`] is the API; this module can change in any
+/// release.
+#[doc(hidden)]
+pub mod engine {
+    pub use crate::cpu::{Engine, EngineOptions, bench, physical_cores};
+}

@@ -1,22 +1,23 @@
-//! Where a model's tensors come from: a safetensors or GGUF file, several of them, or an importer that makes them on demand.
+//! The source of a model's tensors: one or more safetensors files, a GGUF file, or an importer that computes them on demand.
 
 use std::collections::BTreeMap;
 
 /// The element type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Dtype {
-    /// IEEE 754 single.
+    /// IEEE 754 single precision.
     F32,
-    /// IEEE 754 half.
+    /// IEEE 754 half precision.
     F16,
     /// bfloat16.
     Bf16,
-    /// IEEE 754 double.
+    /// IEEE 754 double precision.
     F64,
 }
 
 impl Dtype {
-    /// Bytes of an element.
+    /// Bytes per element.
     pub fn size(self) -> usize {
         match self {
             Self::F16 | Self::Bf16 => 2,
@@ -25,7 +26,7 @@ impl Dtype {
         }
     }
 
-    /// The name in a safetensors header: `F32`, `F16`, `BF16`, `F64`.
+    /// The name in a safetensors header: `F32`, `F16`, `BF16` or `F64`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
@@ -36,8 +37,14 @@ impl Dtype {
     }
 }
 
-/// What a tensor is, without its values.
+/// Values in a block of ggml's Q8_0.
+pub const Q8_0_BLOCK: usize = 32;
+/// Bytes in a block of Q8_0: a scale in f16 and 32 signed bytes that it multiplies.
+pub const Q8_0_BLOCK_BYTES: usize = 34;
+
+/// The type and shape of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TensorInfo {
     /// The element type.
     pub dtype: Dtype,
@@ -45,44 +52,52 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
-/// Fills memory with a tensor's bytes, from one of them on.
+impl TensorInfo {
+    /// A tensor of a type and a shape.
+    pub fn new(dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self { dtype, shape }
+    }
+}
+
+/// Fills a slice with a tensor's bytes, starting at the given offset in bytes.
 pub type ReadAt<'a> = Box<dyn Fn(usize, &mut [u8]) -> crate::Result<()> + 'a>;
 
-/// Named tensors, read one at a time, so that a model's weights never stand in memory twice.
+/// Named tensors that are read one at a time, so that a model's weights are never in memory twice.
 ///
-/// Names are timm's. Reading is from `&self` and may happen on several threads at once: the CPU engine packs that way.
+/// Names are timm's. Several threads may read at once, which the CPU engine does when it packs weights.
 pub trait Weights: Send + Sync {
-    /// Name → type and shape, of every tensor.
+    /// The type and shape of every tensor, by name.
     fn tensors(&self) -> &BTreeMap<String, TensorInfo>;
 
-    /// The elements of one tensor, little-endian, row-major; as many bytes as its `TensorInfo` says, and all of them finite.
+    /// Reads the elements of one tensor: little-endian and row-major. Implementations return as many bytes as the tensor's
+    /// [`TensorInfo`] implies, and only finite values.
     fn read(&self, name: &str) -> crate::Result<Vec<u8>>;
 
-    /// The same bytes, read a stretch at a time and in any order by the function that is returned: a tensor that lies in a
-    /// file as it is need not stand in memory whole.
+    /// Returns a function that reads the same bytes piece by piece, in any order. A tensor that is stored in a file unchanged
+    /// can be read this way without having all of it in memory.
     fn stretches(&self, name: &str) -> crate::Result<ReadAt<'_>> {
         Ok(whole(name, self.read(name)?))
     }
 
-    /// Whether a tensor is stored in blocks of Q8_0 (see [`gguf`](crate::gguf)); [`read`](Self::read) then gives the f32
-    /// that they stand for.
+    /// Whether a tensor is stored in blocks of Q8_0 (see [`gguf`](crate::checkpoint::gguf)). If so, [`read`](Self::read)
+    /// dequantises it to f32.
     fn is_q8_0(&self, _name: &str) -> bool {
         false
     }
 
-    /// The blocks of such a tensor as they are stored, every scale finite.
+    /// Reads the stored blocks of a Q8_0 tensor. Every scale is finite.
     fn read_q8_0(&self, name: &str) -> crate::Result<Vec<u8>> {
         Err(crate::Error::tensor(name, "is not stored in Q8_0"))
     }
 
-    /// The elements of one tensor, widened to f32.
+    /// Reads the elements of one tensor and converts them to f32.
     fn read_f32(&self, name: &str) -> crate::Result<Vec<f32>> {
-        let info = self.tensors().get(name).ok_or_else(|| crate::Error::tensor(name, "missing"))?;
+        let info = self.tensors().get(name).ok_or_else(|| crate::Error::missing(name))?;
         Ok(widen(info.dtype, &self.read(name)?))
     }
 }
 
-/// The stretches of a tensor that is in memory.
+/// A [`ReadAt`] for a tensor that is in memory.
 pub(crate) fn whole<'a>(name: &str, bytes: Vec<u8>) -> ReadAt<'a> {
     let name = name.to_owned();
     Box::new(move |at, out| {
@@ -92,12 +107,12 @@ pub(crate) fn whole<'a>(name: &str, bytes: Vec<u8>) -> ReadAt<'a> {
     })
 }
 
-/// A tensor that was asked for more bytes than it has.
+/// The error for reading beyond a tensor's end.
 pub(crate) fn too_short(name: &str, len: usize) -> crate::Error {
     crate::Error::tensor(name, format!("holds {len} bytes, fewer than its shape says"))
 }
 
-/// Weights whose quantised tensors are seen as the f32 that they stand for only.
+/// Hides that tensors are quantised, so that readers get dequantised f32.
 pub(crate) struct Dequantised<'a>(pub &'a dyn Weights);
 
 impl Weights for Dequantised<'_> {
@@ -110,7 +125,7 @@ impl Weights for Dequantised<'_> {
     }
 }
 
-/// candle's name of a stored type.
+/// The corresponding type in candle.
 pub(crate) fn candle_dtype(dtype: Dtype) -> candle_core::DType {
     match dtype {
         Dtype::F32 => candle_core::DType::F32,
@@ -120,7 +135,7 @@ pub(crate) fn candle_dtype(dtype: Dtype) -> candle_core::DType {
     }
 }
 
-/// Little-endian elements → f32, exact but for f64, which is rounded.
+/// Converts little-endian elements to f32. Only f64 is rounded; the other conversions are exact.
 pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     match dtype {
         Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
@@ -133,18 +148,18 @@ pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Refuses NaN and infinities: such weights make every answer NaN, and none of them meaningful.
+/// Rejects NaN and infinities, because a model with such weights has no meaningful output.
 ///
 /// # Errors
-/// The tensor's name, and the index of the first such element.
+/// If there is such an element. The error names the tensor and the index of the first one.
 pub fn check_finite(name: &str, dtype: Dtype, bytes: &[u8]) -> crate::Result<()> {
-    // whole blocks without a branch per element, so that the check costs little beside the reading
+    // checks whole blocks without a branch per element, so that checking costs little compared to reading
     fn first<const W: usize>(bytes: &[u8], bad: impl Fn([u8; W]) -> bool) -> Option<usize> {
         let cells = bytes.as_chunks::<W>().0;
         let block = cells.chunks(256).position(|block| block.iter().fold(false, |any, &c| any | bad(c)))?;
         cells.iter().enumerate().skip(block * 256).find(|&(_, &c)| bad(c)).map(|(i, _)| i)
     }
-    // an exponent of all ones: infinite, or not a number
+    // infinities and NaN are the values whose exponent bits are all ones
     let bad = match dtype {
         Dtype::F32 => first(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
         Dtype::F16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
@@ -153,8 +168,9 @@ pub fn check_finite(name: &str, dtype: Dtype, bytes: &[u8]) -> crate::Result<()>
     };
     match bad {
         None => Ok(()),
-        Some(at) => Err(crate::Error::tensor(
+        Some(at) => Err(crate::Error::problem(
             name,
+            crate::TensorProblem::NotFinite,
             format!(
                 "element {at} is not a finite number (NaN or infinite): the file is damaged, or the training went wrong"
             ),

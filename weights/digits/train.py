@@ -3,7 +3,7 @@
 
     pip install torch==2.15.0 timm==1.0.31 scikit-learn==1.9.1 pillow==13.0.0 onnx==1.23.2 safetensors==0.8.0 numpy==2.4.6
     python train.py                 # under five minutes on one core
-    vit-convert model.onnx model.safetensors --force --labels labels.txt --preprocess crop_pct=1,interpolation=bilinear
+    vit-convert model.onnx ../../vit-model/digits/model.safetensors --force --labels labels.txt --preprocess crop_pct=1,interpolation=bilinear
 
 A Vision Transformer (64 wide, 4 deep, 4 heads, patches of 4 x 4 on 3 x 32 x 32) learns the UCI handwritten digits as
 scikit-learn carries them: 1797 images of 8 x 8 with 17 levels of ink. They are enlarged to 32 x 32 by bilinear

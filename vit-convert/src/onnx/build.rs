@@ -1,20 +1,17 @@
 //! Messages → graph: names become numbers by scope, functions are inlined, nodes are sorted.
 
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![deny(clippy::as_conversions)]
-
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 
-use super::{domain, external::Files, limits, proto, sort, tensor};
+use super::{external::Files, limits, proto, sort, tensor};
 use crate::{
     Error, Result,
-    graph::{Attr, DType, Graph, Node, SubGraph, Tensor, ValueId, ValueInfo},
+    onnx::graph::{Attr, DType, Graph, Node, SubGraph, Tensor, ValueId, ValueInfo},
 };
 
-/// Operators that a later opset redefined under unchanged attributes: a body written for one side of that version cannot
-/// be read on the other.
+/// Operators that a later opset redefined without changing their attributes. A function body written for an opset on
+/// one side of that version cannot be read on the other.
 const REDEFINED: [(&str, i64); 4] = [("Softmax", 13), ("LogSoftmax", 13), ("Hardmax", 13), ("GroupNormalization", 21)];
 
 /// The graph of a model whose tensors are normalised.
@@ -54,6 +51,11 @@ pub fn build(model: &proto::ModelProto, opsets: &BTreeMap<String, i64>, files: &
     Ok(Graph { names, initializers, inputs, outputs, nodes: sort::sort(nodes)?, records, ..Graph::default() })
 }
 
+/// A domain under its short name: ONNX's own is `""` as well as `ai.onnx`.
+pub fn domain(name: &str) -> &str {
+    if name == "ai.onnx" { "" } else { name }
+}
+
 /// A declared value.
 fn info(id: ValueId, value: &proto::ValueInfoProto) -> ValueInfo {
     let tensor = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
@@ -88,7 +90,7 @@ impl Scope<'_> {
         None
     }
 
-    /// Whether a name stands for an input that the caller of a function leaves out.
+    /// Is a name an input that the caller of a function leaves out?
     fn absent(&self, name: &str) -> bool {
         let mut scope = Some(self);
         while let Some(here) = scope {
@@ -104,7 +106,7 @@ impl Scope<'_> {
 /// Where nodes are read: in the graph itself, in a body, in a function.
 #[derive(Default)]
 struct Context<'a> {
-    /// Put before names, so that they stay unique and tell where they come from.
+    /// A prefix for names, which keeps them unique and tells where they come from.
     prefix: String,
     /// Attributes of the call, within a function.
     attributes: Option<HashMap<&'a str, Attr>>,
@@ -122,7 +124,7 @@ struct Builder<'a> {
     files: Files,
     functions: HashMap<(&'a str, &'a str, &'a str), &'a proto::FunctionProto>,
     names: Vec<String>,
-    /// How often a name was wanted.
+    /// How often each name was requested.
     taken: HashMap<String, usize>,
     name_bytes: usize,
     records: BTreeMap<ValueId, String>,
@@ -143,7 +145,7 @@ impl<'a> Builder<'a> {
         Ok(id)
     }
 
-    /// A new value; a name that is taken gets a number.
+    /// A new value. If its name is taken, a number is appended.
     fn value(&mut self, wanted: &str) -> Result<ValueId> {
         let before = self.taken.entry(wanted.to_owned()).or_insert(0);
         let name = if *before == 0 { wanted.to_owned() } else { format!("{wanted}~{before}") };
@@ -182,7 +184,7 @@ impl<'a> Builder<'a> {
             return Err(Error::graph(format!("nests bodies and functions more than {} deep", limits::NESTING)));
         }
         for name in protos.iter().flat_map(|node| &node.output).filter(|name| !name.is_empty()) {
-            // a function's results have the numbers that its caller gave them
+            // the caller has already numbered a function's results
             match scope.results.remove(name) {
                 Some(id) => drop(scope.values.insert(name.clone(), id)),
                 None => drop(self.define(name, scope, context)?),
@@ -218,7 +220,7 @@ impl<'a> Builder<'a> {
         for name in &proto.input {
             let found = if name.is_empty() { None } else { scope.find(name) };
             if found.is_none() && !name.is_empty() && !scope.absent(name) {
-                return Err(Error::node(&node, format!("reads `{name}`, which nothing makes")));
+                return Err(node.error(format!("reads `{name}`, which nothing makes")));
             }
             node.inputs.push(found);
         }
@@ -230,7 +232,7 @@ impl<'a> Builder<'a> {
         for attribute in &proto.attribute {
             let Some(attr) = self.attribute(attribute, scope, context, &node)? else { continue };
             if node.attrs.insert(attribute.name.clone(), attr).is_some() {
-                return Err(Error::node(&node, format!("has the attribute `{}` twice", attribute.name)));
+                return Err(node.error(format!("has the attribute `{}` twice", attribute.name)));
             }
         }
         let key = (domain(&proto.domain), proto.op_type.as_str(), proto.overload.as_str());
@@ -238,22 +240,16 @@ impl<'a> Builder<'a> {
             return self.call(&node, key, function, context, nodes);
         }
         if !node.domain.is_empty() && self.opsets.is_some_and(|opsets| !opsets.contains_key(&node.domain)) {
-            return Err(Error::node(
-                &node,
-                format!("is of the domain `{}`, which the model does not import", node.domain),
-            ));
+            return Err(node.error(format!("is of the domain `{}`, which the model does not import", node.domain)));
         }
         if let Some((op, version)) = REDEFINED.iter().find(|(op, _)| node.domain.is_empty() && *op == node.op) {
             let model = self.opsets.and_then(|opsets| opsets.get("")).copied();
             if let (Some(model), Some(body)) = (model, context.opset)
                 && (model < *version) != (body < *version)
             {
-                return Err(Error::node(
-                    &node,
-                    format!(
-                        "{op} changed its meaning in opset {version}; the function is of opset {body}, the model of {model}"
-                    ),
-                ));
+                return Err(node.error(format!(
+                    "{op} changed its meaning in opset {version}; the function is of opset {body}, the model of {model}"
+                )));
             }
         }
         if node.op == "Constant" && node.domain.is_empty() {
@@ -288,19 +284,16 @@ impl<'a> Builder<'a> {
         nodes: &mut Vec<Node>,
     ) -> Result<()> {
         if context.calls.contains(&key) {
-            return Err(Error::node(call, "is a function that calls itself"));
+            return Err(call.error("is a function that calls itself"));
         }
         if call.inputs.len() > function.input.len() || call.outputs.len() > function.output.len() {
-            return Err(Error::node(
-                call,
-                format!(
-                    "gives {} inputs and takes {} outputs of a function that has {} and {}",
-                    call.inputs.len(),
-                    call.outputs.len(),
-                    function.input.len(),
-                    function.output.len()
-                ),
-            ));
+            return Err(call.error(format!(
+                "gives {} inputs and takes {} outputs of a function that has {} and {}",
+                call.inputs.len(),
+                call.outputs.len(),
+                function.input.len(),
+                function.output.len()
+            )));
         }
         let mut scope = Scope::default();
         for (at, name) in function.input.iter().enumerate() {
@@ -309,20 +302,20 @@ impl<'a> Builder<'a> {
                 None => !scope.absent.insert(name.clone()),
             };
             if bound {
-                return Err(Error::node(call, format!("is a function with two inputs `{name}`")));
+                return Err(call.error(format!("is a function with two inputs `{name}`")));
             }
         }
         let mut passed = Vec::new();
         for (at, name) in function.output.iter().enumerate() {
             let Some(id) = call.outputs.get(at).copied().flatten() else { continue };
             match scope.values.get(name) {
-                // an input given back as it is
+                // the function returns an input unchanged
                 Some(&input) => passed.push((input, id)),
                 None if scope.results.insert(name.clone(), id).is_none() => {}
-                None => return Err(Error::node(call, format!("is a function with two outputs `{name}`"))),
+                None => return Err(call.error(format!("is a function with two outputs `{name}`"))),
             }
         }
-        // what the call says goes before the function's own defaults
+        // attributes of the call take precedence over the function's defaults
         let mut attributes: HashMap<&'a str, Attr> = HashMap::new();
         let none = Context::default();
         for default in &function.attribute_proto {
@@ -351,7 +344,7 @@ impl<'a> Builder<'a> {
         };
         let body = self.nodes(&function.node, &mut scope, &inner)?;
         if let Some(name) = scope.results.keys().next() {
-            return Err(Error::node(call, format!("is a function that does not make its output `{name}`")));
+            return Err(call.error(format!("is a function that does not make its output `{name}`")));
         }
         nodes.extend(body);
         nodes.extend(passed.into_iter().map(|(from, to)| Node {
@@ -365,7 +358,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// An attribute's value; `None` where it refers to an attribute that the function's caller left out.
+    /// An attribute's value; `None` if it refers to an attribute that the function's caller left out.
     fn attribute(
         &mut self,
         proto: &'a proto::AttributeProto,
@@ -375,14 +368,11 @@ impl<'a> Builder<'a> {
     ) -> Result<Option<Attr>> {
         if !proto.ref_attr_name.is_empty() {
             let Some(attributes) = &context.attributes else {
-                return Err(Error::node(
-                    node,
-                    format!("refers to the attribute `{}` outside a function", proto.ref_attr_name),
-                ));
+                return Err(node.error(format!("refers to the attribute `{}` outside a function", proto.ref_attr_name)));
             };
             return Ok(attributes.get(proto.ref_attr_name.as_str()).cloned());
         }
-        let missing = || Error::node(node, format!("has the attribute `{}` without its value", proto.name));
+        let missing = || node.error(format!("has the attribute `{}` without its value", proto.name));
         Ok(Some(match kind(proto) {
             1 => Attr::Float(proto.f.unwrap_or_default()),
             2 => Attr::Int(proto.i.unwrap_or_default()),
@@ -397,7 +387,7 @@ impl<'a> Builder<'a> {
             )?)),
             6 => Attr::Floats(proto.floats.clone()),
             7 => Attr::Ints(proto.ints.clone()),
-            8 => Attr::Strings(proto.strings.clone()),
+            8 => Attr::Strings,
             _ => Attr::Other,
         }))
     }
@@ -429,7 +419,7 @@ impl<'a> Builder<'a> {
         for value in &graph.output {
             let found = scope.find(&value.name);
             outputs.push(found.ok_or_else(|| {
-                Error::node(node, format!("nothing makes the output `{}` of its body `{attribute}`", value.name))
+                node.error(format!("nothing makes the output `{}` of its body `{attribute}`", value.name))
             })?);
         }
         Ok(SubGraph { inputs, outputs, initializers, nodes: sort::sort(nodes)? })
@@ -467,7 +457,7 @@ fn constant(node: &mut Node) -> Result<()> {
     let scalar = |dtype, bytes: &[u8]| Tensor { dtype, dims: Vec::new(), data: Bytes::copy_from_slice(bytes).into() };
     let list = |dtype, count, data: Vec<u8>| Tensor { dtype, dims: vec![count], data: data.into() };
     if node.attrs.len() != 1 {
-        return Err(Error::node(node, format!("needs exactly one attribute, found {}", node.attrs.len())));
+        return Err(node.error(format!("needs exactly one attribute, found {}", node.attrs.len())));
     }
     let Some((name, attr)) = node.attrs.pop_first() else { return Ok(()) };
     let (name, attr) = match (name.as_str(), attr) {
@@ -481,8 +471,8 @@ fn constant(node: &mut Node) -> Result<()> {
             ("value", Attr::Tensor(list(DType::I64, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect())))
         }
         ("value_string", attr @ Attr::Str(_)) => ("value_string", attr),
-        ("value_strings", attr @ Attr::Strings(_)) => ("value_strings", attr),
-        (other, _) => return Err(Error::node(node, format!("has a value of a kind that cannot be read: `{other}`"))),
+        ("value_strings", attr @ Attr::Strings) => ("value_strings", attr),
+        (other, _) => return Err(node.error(format!("has a value of a kind that cannot be read: `{other}`"))),
     };
     node.attrs.insert(name.to_owned(), attr);
     Ok(())

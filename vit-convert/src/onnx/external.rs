@@ -1,7 +1,5 @@
-//! Tensors in files beside the model: only regular files within the model's own folder, and exactly as many bytes as needed.
-
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![deny(clippy::as_conversions)]
+//! Tensors in files beside the model. Only regular files in the model's folder are read, and only as many bytes as
+//! needed.
 
 use std::{
     cell::{Ref, RefCell},
@@ -11,14 +9,31 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    limits, proto, skeleton,
-    tensor::{Failure, Place},
-};
+use bytes::Bytes;
+
+use super::{limits, proto, skeleton};
 use crate::{
     Error,
-    stored::{Data, StoredFile, wide},
+    onnx::stored::{Data, StoredFile, wide},
 };
+
+/// The elements of a tensor: bytes in memory, or a range of one of the model's files.
+pub enum Elements {
+    Here(Bytes),
+    Stretch(proto::Stretch),
+}
+
+/// Why a tensor is refused: a reason that still needs the tensor's name, or a complete error.
+pub enum Failure {
+    Why(String),
+    Error(Error),
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Self::Why(why)
+    }
+}
 
 /// The files of a model: its own, then those of external data.
 #[derive(Clone, Default)]
@@ -39,10 +54,10 @@ impl Files {
 
 /// The folder of a model, and the data files opened so far.
 pub struct Folder {
-    /// Where the model's path says it lies: locations are relative to it.
+    /// The folder of the model's path, to which locations are relative.
     base: PathBuf,
-    /// Folders, links resolved, that data may lie in: that of the path, and that of the file which the path leads to (a
-    /// cache keeps links to its files in one folder, and the files side by side in another).
+    /// The folders that may contain data, with links resolved: that of the path, and that of the file which the path
+    /// links to, because a cache keeps links in one folder and the files in another.
     allowed: Vec<PathBuf>,
     /// The model itself, links resolved.
     model: PathBuf,
@@ -70,8 +85,8 @@ impl Folder {
         self.files.borrow()
     }
 
-    /// Where the bytes are that the entries of `external_data` describe, `size` of them.
-    pub fn find(&self, entries: &[proto::StringStringEntryProto], size: usize) -> Result<Place, Failure> {
+    /// The `size` bytes that the entries of `external_data` describe.
+    pub fn find(&self, entries: &[proto::StringStringEntryProto], size: usize) -> Result<Elements, Failure> {
         let entry = |key: &str| {
             let mut found = entries.iter().filter(|e| e.key == key);
             let first = found.next();
@@ -106,11 +121,11 @@ impl Folder {
             return Err(why.into());
         }
         if size > skeleton::IN_MEMORY {
-            return Ok(Place::Stretch(stretch));
+            return Ok(Elements::Stretch(stretch));
         }
         let bytes = data.read();
         data.check().map_err(Failure::Error)?;
-        Ok(Place::Here(bytes))
+        Ok(Elements::Here(bytes))
     }
 
     /// The index of a data file.
@@ -141,7 +156,8 @@ impl Folder {
         if canonical == self.model {
             return Err(refuse("the model's own file"));
         }
-        // looked at before it is opened, because opening a pipe waits; and again after, because it may have been exchanged
+        // checked before opening, because opening a pipe blocks, and again afterwards, because the file may have been
+        // replaced
         let meta = fs::metadata(&canonical).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
         if !meta.is_file() {
             return Err(refuse("which is not a regular file"));

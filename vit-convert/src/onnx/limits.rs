@@ -1,4 +1,4 @@
-//! What a file may ask for, checked before anything is allocated on its word.
+//! Limits on what a file may declare, checked before anything is allocated.
 
 /// Operator sets that are understood.
 pub const OPSETS: std::ops::RangeInclusive<i64> = 7..=28;

@@ -1,7 +1,8 @@
-//! ONNX's protobuf messages, as far as a graph's meaning needs them (`onnx.proto`, IR version 14); other fields are skipped.
+//! ONNX's protobuf messages, as far as a graph's meaning needs them (`onnx.proto`, IR version 14); other fields are
+//! skipped.
 //!
-//! `bytes` fields are slices of the buffer they were decoded from. Large elements are not among them: a [`Stretch`] says
-//! where they are.
+//! `bytes` fields are slices of the buffer they were decoded from. Large elements are not among them: a [`Stretch`]
+//! says where they are.
 
 use bytes::Bytes;
 use prost::Message;
@@ -79,7 +80,7 @@ pub struct NodeProto {
     pub metadata_props: Vec<NoteProto>,
 }
 
-/// A key and its value, as bytes: notes that nobody has to read need not be text.
+/// A key and its value as bytes, because notes need not be valid text.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct NoteProto {
     #[prost(bytes = "bytes", tag = "1")]
@@ -155,7 +156,7 @@ pub struct TensorProto {
     pub stretch: Option<Stretch>,
 }
 
-/// The number of [`TensorProto::stretch`], the last that there is; what a file has under it is dropped.
+/// The field number of [`TensorProto::stretch`], the largest possible. Such a field in a file is dropped.
 pub const STRETCH: u32 = 536_870_911;
 
 /// Elements that stay in a file.
@@ -170,7 +171,7 @@ pub struct Stretch {
     pub file: u32,
 }
 
-/// A part of a tensor; nobody writes one.
+/// A part of a tensor; no exporter writes one.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Segment {}
 

@@ -1,10 +1,7 @@
-//! The file without its weights: large elements stay where they are, and what is decoded says where that is.
+//! The file without its weights: large elements stay in the file, and the decoded messages say where.
 //!
-//! Fields and depth are counted on the way: a graph of a few hundred bytes must not become gigabytes, nor a deep one a
-//! stack overflow.
-
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![deny(clippy::as_conversions)]
+//! Fields and depth are limited here, so that a small file cannot expand to gigabytes and deep nesting cannot overflow
+//! the stack.
 
 use std::{
     fs::File,
@@ -14,12 +11,12 @@ use std::{
 use super::{limits, proto};
 use crate::{
     Error, Result,
-    stored::{StoredFile, wide},
+    onnx::stored::{StoredFile, wide},
 };
 
-/// Bytes of a tensor's `raw_data` that are kept; more of them stay in the file.
+/// A tensor's `raw_data` is kept in memory up to this many bytes, and stays in the file above.
 pub const IN_MEMORY: usize = 1 << 12;
-/// Bytes of a field that nobody reads (comments, fields of a later version) that are worth a look.
+/// A field that is not used (comments, fields of a later version) is kept up to this many bytes.
 const UNREAD: u64 = 1 << 12;
 
 /// What the fields of a message are.
@@ -36,7 +33,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// The kind of a length-delimited field, where it is a message.
+    /// The kind of a length-delimited field, if it is a message.
     fn child(self, tag: u64) -> Option<Self> {
         Some(match (self, tag) {
             (Self::Model, 7) | (Self::Attribute, 6 | 11) => Self::Graph,
@@ -99,7 +96,7 @@ pub fn of(file: &StoredFile) -> Result<Vec<u8>> {
         if tag == 0 {
             return Err(broken("a field has the number 0"));
         }
-        // ours, not the file's
+        // this field number is reserved for us
         let drop = open.kind == Kind::Tensor && tag == u64::from(proto::STRETCH);
         let fixed = match key & 7 {
             0 => {
@@ -132,7 +129,7 @@ pub fn of(file: &StoredFile) -> Result<Vec<u8>> {
                     continue;
                 }
                 if open.kind == Kind::Tensor && tag == 9 {
-                    // of a field that stands twice the last counts
+                    // protobuf: if a field occurs twice, the last one counts
                     let large = usize::try_from(len).map_or(true, |len| len > IN_MEMORY);
                     if large || open.stretched {
                         let (offset, len) = if large { (input.at, len) } else { (0, 0) };

@@ -1,7 +1,4 @@
-//! Topological order of nodes, stable: a list that is in order already stays as it is.
-
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![deny(clippy::as_conversions)]
+//! Topological order of nodes. The sort is stable, so an ordered list does not change.
 
 use std::{
     cmp::Reverse,
@@ -9,8 +6,8 @@ use std::{
 };
 
 use crate::{
-    Error, Result,
-    graph::{Attr, Node, SubGraph, ValueId},
+    Result,
+    onnx::graph::{Attr, Node, SubGraph, ValueId},
 };
 
 /// Orders nodes by Kahn's algorithm; a cycle is an error that names a node on it.
@@ -46,12 +43,13 @@ pub fn sort(nodes: Vec<Node>) -> Result<Vec<Node>> {
         }
     }
     match on_cycle(&slots, &maker) {
-        Some(node) => Err(Error::node(node, "stands in a cycle: it needs its own result")),
+        Some(node) => Err(node.error("stands in a cycle: it needs its own result")),
         None => Ok(sorted),
     }
 }
 
-/// Of the nodes that could not be ordered, one on a cycle: whoever goes from reader to maker long enough is on one.
+/// One node on a cycle, among the nodes that could not be ordered: following inputs upwards long enough ends on a
+/// cycle.
 fn on_cycle<'a>(left: &'a [Option<Node>], maker: &HashMap<ValueId, usize>) -> Option<&'a Node> {
     let mut at = left.iter().position(Option::is_some)?;
     for _ in 0..left.len() {

@@ -1,24 +1,22 @@
-//! Tensors: every encoding of the elements becomes little-endian bytes of exactly the length that type and shape ask for.
-
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![deny(clippy::as_conversions)]
+//! Tensors: every encoding of the elements becomes little-endian bytes, whose length must match type and shape.
 
 use bytes::Bytes;
 
 use super::{
-    external::{Files, Folder},
+    external::{Elements, Failure, Files, Folder},
     limits, proto,
 };
 use crate::{
     Error, Result,
-    graph::{DType, Tensor},
-    stored::{Data, wide},
+    onnx::graph::{DType, Tensor},
+    onnx::stored::{Data, wide},
 };
 
 /// `data_location`: in another file.
 const EXTERNAL: i32 = 1;
 
-/// Checks a tensor and brings its elements into `raw_data` or `stretch`, after which [`get`] is cheap; the other fields are left empty.
+/// Checks a tensor and moves its elements to `raw_data` or `stretch`, so that [`get`] is cheap. The other fields are
+/// emptied.
 pub fn normalise(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<()> {
     elements(tensor, folder).map_err(|why| match why {
         Failure::Why(why) => Error::tensor(tensor.name.clone(), why),
@@ -36,24 +34,6 @@ pub fn get(tensor: &proto::TensorProto, files: &Files) -> Result<Tensor> {
         Some(stretch) => files.data(stretch).ok_or_else(unread)?,
     };
     Ok(Tensor { dtype, dims, data })
-}
-
-/// Where elements are.
-pub enum Place {
-    Here(Bytes),
-    Stretch(proto::Stretch),
-}
-
-/// Why a tensor is refused: a reason to which its name is added, or a whole error.
-pub enum Failure {
-    Why(String),
-    Error(Error),
-}
-
-impl From<String> for Failure {
-    fn from(why: String) -> Self {
-        Self::Why(why)
-    }
 }
 
 fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Failure> {
@@ -102,14 +82,14 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
             return Err(format!("of type {dtype:?} has its elements in {found}, not in {}", field_of(dtype)).into());
         }
         match stretch {
-            Some(stretch) => Place::Stretch(stretch),
-            None if found == "raw_data" => Place::Here(tensor.raw_data.take().unwrap_or_default()),
-            None => Place::Here(typed_data(tensor, dtype, count)?),
+            Some(stretch) => Elements::Stretch(stretch),
+            None if found == "raw_data" => Elements::Here(tensor.raw_data.take().unwrap_or_default()),
+            None => Elements::Here(typed_data(tensor, dtype, count)?),
         }
     };
     let len = match &data {
-        Place::Here(bytes) => wide(bytes.len()),
-        Place::Stretch(stretch) => stretch.len,
+        Elements::Here(bytes) => wide(bytes.len()),
+        Elements::Stretch(stretch) => stretch.len,
     };
     if len != wide(size) {
         let shape = if dims.is_empty() { "a scalar".to_owned() } else { format!("shape {dims:?}") };
@@ -117,8 +97,8 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
     }
     let bools = match &data {
         _ if dtype != DType::Bool => Data::Memory(Bytes::new()),
-        Place::Here(bytes) => bytes.clone().into(),
-        Place::Stretch(stretch) => folder.files().data(stretch).ok_or_else(|| "is in no file".to_owned())?,
+        Elements::Here(bytes) => bytes.clone().into(),
+        Elements::Stretch(stretch) => folder.files().data(stretch).ok_or_else(|| "is in no file".to_owned())?,
     };
     if bools.read().iter().any(|&b| b > 1) {
         return Err("has booleans other than 0 and 1".to_owned().into());
@@ -126,8 +106,8 @@ fn elements(tensor: &mut proto::TensorProto, folder: &Folder) -> Result<(), Fail
     tensor.external_data = Vec::new();
     tensor.data_location = 0;
     match data {
-        Place::Here(bytes) => tensor.raw_data = Some(bytes),
-        Place::Stretch(stretch) => tensor.stretch = Some(stretch),
+        Elements::Here(bytes) => tensor.raw_data = Some(bytes),
+        Elements::Stretch(stretch) => tensor.stretch = Some(stretch),
     }
     Ok(())
 }
@@ -151,7 +131,7 @@ fn field_of(dtype: DType) -> &'static str {
     }
 }
 
-/// The elements of the typed field, which is left empty.
+/// The elements of the typed field, which is emptied.
 fn typed_data(tensor: &mut proto::TensorProto, dtype: DType, count: usize) -> Result<Bytes, String> {
     // two 4-bit elements share an entry
     let entries = if dtype.bits() == 4 { count.div_ceil(2) } else { count };
@@ -214,7 +194,7 @@ fn typed_data(tensor: &mut proto::TensorProto, dtype: DType, count: usize) -> Re
     })
 }
 
-/// Elements as bytes: without a copy where the machine is little-endian too.
+/// Elements as bytes, without a copy on a little-endian machine.
 fn little_endian<T: bytemuck::Pod + Send, const N: usize>(values: Vec<T>, bytes: impl Fn(T) -> [u8; N]) -> Bytes {
     struct Owner<T>(Vec<T>);
     impl<T: bytemuck::Pod> AsRef<[u8]> for Owner<T> {

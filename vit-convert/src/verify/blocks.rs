@@ -1,13 +1,14 @@
-//! Where two computations part: the graph's values against the model's tokens after every block.
+//! Finds the first block that differs, by comparing the graph's values with the model's tokens after every block.
 
 use candle_core::{Device, Tensor};
 use vit_model::VisionTransformer;
-use vit_model::tap::Tap;
+use vit_model::vit::tap::Tap;
 
+use super::difference::short;
+use super::error::Error;
 use super::inputs::Input;
 use super::run::{Arithmetic, Value, run_watched};
-use super::{Error, is_real};
-use crate::graph::Graph;
+use crate::onnx::graph::{Graph, ValueId};
 
 /// The model's tokens after every block.
 #[derive(Default)]
@@ -21,13 +22,14 @@ impl Tap for Tokens {
     }
 }
 
-/// Says, in words, which block's tokens are the first that no value of the graph equals.
+/// Describes the first block whose tokens equal no value of the graph.
 ///
-/// A block counts as equal if a later one is: an exporter's fusing may have hidden the tokens between two blocks.
+/// A block counts as equal if a later one is, because fusion may hide the tokens between two blocks.
 pub(super) fn locate(
     graph: &Graph,
     model: &VisionTransformer,
     input: &Input,
+    outputs: &[ValueId],
     arithmetic: Arithmetic,
     tolerance: f64,
 ) -> Result<String, Error> {
@@ -40,7 +42,7 @@ pub(super) fn locate(
     let (b, n, d) = (input.batch, config.num_tokens(), config.embed_dim);
     let mut closest = vec![(f64::INFINITY, 0); tokens.0.len()];
     let mut watch = |id, value: &Value| {
-        if !is_real(value) || value.len() != b * n * d {
+        if !value.is_real() || value.len() != b * n * d {
             return;
         }
         let turned = match value.dims.as_slice() {
@@ -57,8 +59,8 @@ pub(super) fn locate(
             }
         }
     };
-    // what went before the failure was evaluated once already, so this succeeds
-    run_watched(graph, input.values.clone(), arithmetic, &mut watch)?;
+    // this run succeeds, because the same nodes have been evaluated before
+    run_watched(graph, input.values.clone(), outputs, arithmetic, &mut watch)?;
     let last = closest.iter().rposition(|(far, _)| *far <= tolerance);
     Ok(match last {
         Some(i) if i + 1 == closest.len() => {
@@ -69,7 +71,7 @@ pub(super) fn locate(
         Some(i) => {
             let (far, id) = closest[i + 1];
             let name = graph.names.get(id as usize).map_or("none", String::as_str);
-            let far = super::short(far);
+            let far = short(far);
             format!(
                 "the tokens agree up to block {i}; block {} is the first that diverges (the closest value, `{name}`, by {far})",
                 i + 1

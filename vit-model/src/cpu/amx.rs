@@ -1,18 +1,18 @@
 //! AMX: tiles of 16 × 32 bf16, multiplied into 16 × 16 f32; everything but the products is AVX-512's.
 //!
-//! The compiler has no stable intrinsics for tiles, so each instruction is a line of assembly behind [`Tiles`]; the
-//! blocking above it is plain Rust, and the tests run it over tiles in plain Rust too.
+//! The compiler has no stable intrinsics for tiles, so each instruction is a line of assembly behind [`Tiles`]. The blocking
+//! above it is plain Rust, which the tests also run over emulated tiles.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::avx512::{Dot, PAIRS, store_transposed};
-use super::kernel::Entered;
-use super::linear::{Blocking, Multiply};
-use super::pack::{Elements, Product, Shape, Strips};
-use super::simd::Ahead;
+use super::multiply::{Blocking, Entered, Multiply};
+use super::product::{Epilogue, Product};
+use super::registers::Ahead;
+use super::shape::{Elements, Shape};
+use super::tiles::Strips;
 
 /// Rows of a tile.
 const TILE: usize = 16;
@@ -28,38 +28,37 @@ const COLS: usize = 32;
 pub(crate) struct Amx(Dot);
 
 impl Amx {
-    /// The proof, where it holds. Asks Linux for permission, once.
+    /// The proof, if the CPU has it and Linux, which is asked once, permits it.
     pub(crate) fn detect() -> Option<Self> {
         static ALLOWED: OnceLock<bool> = OnceLock::new();
         let avx512 = Dot::detect()?;
         ALLOWED.get_or_init(|| has_tiles() && permitted()).then_some(Self(avx512))
     }
 
-    /// What runs everything but the products.
-    pub(crate) fn avx512(self) -> Dot {
-        self.0
-    }
-
-    /// Whether the tiles multiply bytes, too.
-    pub(crate) fn has_bytes(self) -> bool {
+    /// The proof that tiles multiply bytes, too, if they do.
+    pub(crate) fn bytes(self) -> Option<AmxBytes> {
         const INT8: u32 = 1 << 25;
-        __cpuid_count(7, 0).edx & INT8 == INT8
+        (__cpuid_count(7, 0).edx & INT8 == INT8).then_some(AmxBytes(self))
     }
 }
 
-/// Whether the CPU has tiles and their bf16 product, and the system saves them between threads.
+/// Proof that the CPU also has AMX for bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AmxBytes(Amx);
+
+/// Whether the CPU has tiles and their bf16 product, and the system saves them when it switches threads.
 fn has_tiles() -> bool {
     const BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
     const TILE_STATE: u64 = 0b11 << 17;
     #[target_feature(enable = "xsave")]
     fn saved() -> u64 {
-        // SAFETY: register 0 exists wherever `xsave` does
+        // SAFETY: register 0 exists on every CPU with `xsave`
         unsafe { _xgetbv(0) }
     }
     if !is_x86_feature_detected!("xsave") || __cpuid_count(0, 0).eax < 7 {
         return false;
     }
-    // SAFETY: the CPU has `xsave`
+    // SAFETY: the CPU has `xsave`, as was checked above
     __cpuid_count(7, 0).edx & BF16_AND_TILE == BF16_AND_TILE && unsafe { saved() } & TILE_STATE == TILE_STATE
 }
 
@@ -67,38 +66,63 @@ fn has_tiles() -> bool {
 fn permitted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: a system call with two numbers
+    // SAFETY: this system call takes two numbers and accesses no memory of the process
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
 /// The tile registers: 0 to 3 for sums, 4 and 5 for the left side, 6 and 7 for the right.
 ///
-/// # Safety of every function
-/// Pointers are valid for 16 rows of 64 bytes, `stride` bytes apart.
-pub(crate) trait Tiles: Sized {
+/// # Safety of every unsafe function
+/// Pointers are valid for 16 rows of 64 bytes, `stride` bytes apart, and the calling thread has entered.
+pub(crate) trait Tiles: Sized + 'static {
+    /// Proof that the CPU has the instructions for bf16.
+    type Proof: Copy + Send + Sync;
+    /// Proof that it also has the product of bytes.
+    type BytesProof: Copy + Send + Sync;
+
+    /// The proof for everything but the products.
+    fn vectors(proof: Self::Proof) -> Dot;
+    fn floats(proof: Self::BytesProof) -> Self::Proof;
     /// Configures the calling thread's tiles.
-    fn enter() -> Option<Entered>;
+    fn enter(proof: Self::Proof) -> Option<Entered>;
     /// The registers, in an unknown state.
-    fn new() -> Self;
+    ///
+    /// # Safety
+    /// A proof exists.
+    unsafe fn new() -> Self;
     unsafe fn zero<const T: usize>(&mut self);
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize);
-    /// A load of what will not be needed again soon.
+    /// Loads what will not be needed again soon.
     unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize);
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
     /// `C += A · B`
     unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self);
-    /// `C += A · B`, bytes of which those of `B` have a sign, with sums in 32 bits.
+    /// `C += A · B` of unsigned bytes in `A` and signed bytes in `B`, with sums in 32 bits. Needs a `BytesProof`.
     unsafe fn dot_bytes<const C: usize, const A: usize, const B: usize>(&mut self);
-    /// A hint that the cache line will be written.
-    fn will_write(p: *const u8);
+    /// Prefetches a cache line for writing.
+    ///
+    /// # Safety
+    /// A proof exists.
+    unsafe fn will_write(p: *const u8);
 }
 
-/// The CPU's tiles. A value exists only behind an [`Amx`].
+/// The CPU's tiles.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Registers(());
 
 impl Tiles for Registers {
-    fn enter() -> Option<Entered> {
+    type Proof = Amx;
+    type BytesProof = AmxBytes;
+
+    fn vectors(proof: Amx) -> Dot {
+        proof.0
+    }
+
+    fn floats(proof: AmxBytes) -> Amx {
+        proof.0
+    }
+
+    fn enter(_: Amx) -> Option<Entered> {
         #[repr(C, align(64))]
         struct Configuration {
             palette: u8,
@@ -111,28 +135,28 @@ impl Tiles for Registers {
         row_bytes[..8].fill(STRIDE as u16);
         rows[..8].fill(TILE as u8);
         let configuration = Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-        // SAFETY: `Amx` proves the instruction, which reads these 64 bytes
+        // SAFETY: the argument proves the instruction, which reads these 64 bytes
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
         Some(Entered(|| {
-            // SAFETY: as above
+            // SAFETY: the tiles were configured by the instruction above on the same thread
             unsafe { asm!("tilerelease", options(nostack, nomem)) };
         }))
     }
 
     #[inline(always)]
-    fn new() -> Self {
+    unsafe fn new() -> Self {
         Self(())
     }
 
     #[inline(always)]
     unsafe fn zero<const T: usize>(&mut self) {
-        // SAFETY: `enter` has configured the tiles
+        // SAFETY: the caller has entered, which configures the tiles
         unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem)) }
     }
 
     #[inline(always)]
     unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
-        // SAFETY: as for `zero`; the caller's pointer
+        // SAFETY: the caller has entered, and its pointer is valid for a tile
         unsafe {
             asm!("tileloadd tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) from, s = in(reg) stride, options(nostack, readonly));
         }
@@ -140,7 +164,7 @@ impl Tiles for Registers {
 
     #[inline(always)]
     unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize) {
-        // SAFETY: as for `load`
+        // SAFETY: the caller has entered, and its pointer is valid for a tile
         unsafe {
             asm!("tileloaddt1 tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) from, s = in(reg) stride, options(nostack, readonly));
         }
@@ -148,7 +172,7 @@ impl Tiles for Registers {
 
     #[inline(always)]
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
-        // SAFETY: as for `load`
+        // SAFETY: the caller has entered, and its pointer is valid for a tile
         unsafe {
             asm!("tilestored [{p} + {s}*1], tmm{t}", t = const T, p = in(reg) to, s = in(reg) stride, options(nostack));
         }
@@ -156,7 +180,7 @@ impl Tiles for Registers {
 
     #[inline(always)]
     unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
-        // SAFETY: as for `zero`
+        // SAFETY: the caller has entered, which configures the tiles
         unsafe {
             asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B, options(nostack, nomem));
         }
@@ -164,57 +188,53 @@ impl Tiles for Registers {
 
     #[inline(always)]
     unsafe fn dot_bytes<const C: usize, const A: usize, const B: usize>(&mut self) {
-        // SAFETY: as for `zero`; only where the CPU `has_bytes`
+        // SAFETY: the caller has entered, and has a proof of the product of bytes
         unsafe {
             asm!("tdpbusd tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B, options(nostack, nomem));
         }
     }
 
     #[inline(always)]
-    fn will_write(p: *const u8) {
-        // SAFETY: a hint, which no address can make fail
+    unsafe fn will_write(p: *const u8) {
+        // SAFETY: every CPU with tiles has this prefetch, which is a hint that is valid for every address
         unsafe { asm!("prefetchw [{}]", in(reg) p, options(nostack, readonly)) }
     }
 }
 
-/// Products in tiles: of bf16, or (`SPLIT`) of bf16 twice, high · high + high · low + low · high.
+/// Products in tiles: of bf16, or with `SPLIT` of bf16 twice, high · high + high · low + low · high.
 #[derive(Debug)]
-pub(crate) struct Tiled<T, const SPLIT: bool> {
-    avx512: Dot,
-    tiles: std::marker::PhantomData<fn() -> T>,
-}
+pub(crate) struct Tiled<T: Tiles, const SPLIT: bool>(T::Proof);
 
-impl<T, const SPLIT: bool> Tiled<T, SPLIT> {
-    /// Over tiles that the caller knows this CPU to have.
-    pub(crate) fn new(avx512: Dot) -> Self {
-        Self { avx512, tiles: std::marker::PhantomData }
+impl<T: Tiles, const SPLIT: bool> Tiled<T, SPLIT> {
+    pub(crate) fn new(proof: T::Proof) -> Self {
+        Self(proof)
     }
 }
 
-impl<T, const SPLIT: bool> Clone for Tiled<T, SPLIT> {
+impl<T: Tiles, const SPLIT: bool> Clone for Tiled<T, SPLIT> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T, const SPLIT: bool> Copy for Tiled<T, SPLIT> {}
+impl<T: Tiles, const SPLIT: bool> Copy for Tiled<T, SPLIT> {}
 
-impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
+impl<T: Tiles, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     type S = Dot;
     type Attention = Self;
     const SHAPE: Shape =
         Shape { elements: if SPLIT { Elements::Bf16x3 } else { Elements::Bf16 }, tile: TILE, cols: COLS, run: TILE };
-    /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other.
+    /// 24 KB of a panel, half of the first-level cache; the sums of a block of rows take the other half.
     const DEPTH: usize = if SPLIT { 8 } else { 12 };
-    /// Half of the second-level cache for rows or for sums, as results pass through it too; fewer rows would read the weights
-    /// too often.
+    /// Half of the second-level cache for rows or for sums, because results pass through it too. With fewer rows the weights
+    /// would be read too often.
     const BLOCKING: Blocking = Blocking::Rows { bytes: 1150 << 10, least: 208, most: 400 };
     const QUERIES: usize = 2 * TILE;
     const FOLLOWS: bool = true;
     const STRIPS: bool = true;
 
     fn simd(self) -> Dot {
-        self.avx512
+        T::vectors(self.0)
     }
 
     fn attention(self) -> Self {
@@ -222,14 +242,14 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
     }
 
     fn enter(self) -> Option<Entered> {
-        T::enter()
+        T::enter(self.0)
     }
 
     unsafe fn product(self, p: &Product<'_>) {
         let mut ahead = Ahead::new(p, p.rows.div_ceil(2 * TILE) * p.chunks);
         let mut behind = Behind { follow: p.follow, next: 0, complete: 0, rows: (2 * TILE).div_ceil(p.chunks) };
         for first in (0..p.rows).step_by(2 * TILE) {
-            // SAFETY: the caller's; `c` has room for whole tiles
+            // SAFETY: `self` proves the instructions, and the caller promises the product, whose `c` has room for whole tiles
             unsafe {
                 if p.rows - first > TILE {
                     block::<T, SPLIT, true>(p, first, &mut ahead, &mut behind);
@@ -240,13 +260,14 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
             behind.complete = p.rows.min(first + 2 * TILE);
         }
         behind.rows = p.rows;
-        behind.step();
+        // SAFETY: all rows of the product are complete
+        unsafe { behind.step() };
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
-        unsafe { self.avx512.pack_pairs::<SPLIT>(from, stride, chunks, to) }
+        // SAFETY: the caller promises the same of these pointers
+        unsafe { self.simd().pack_pairs::<SPLIT>(from, stride, chunks, to) }
     }
 
     #[inline(always)]
@@ -254,7 +275,8 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
         let planes = Self::SHAPE.elements.planes();
         for (chunk, plane) in (0..chunks).flat_map(|chunk| (0..planes).map(move |plane| (chunk, plane))) {
             for tile in 0..2 {
-                // SAFETY: the caller's; `self` proves the features
+                // SAFETY: `self` proves the features; rows below `rows` are inside the caller's strips, and `to` has two tiles
+                // per chunk and plane
                 unsafe {
                     let from = from.add(chunk * strips.strip + plane * strips.plane);
                     let mut columns = [_mm512_setzero_si512(); TILE];
@@ -271,7 +293,7 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
 
     #[inline(always)]
     unsafe fn pack_strip_rows(self, strips: Strips, from: *const u8, rows: usize, to: *mut u8) {
-        // SAFETY: the caller's; `self` proves the features
+        // SAFETY: `self` proves the features; rows below `rows` are inside the caller's strips, and `to` has two tiles per plane
         unsafe {
             let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
             for plane in 0..Self::SHAPE.elements.planes() {
@@ -293,28 +315,31 @@ impl<T: Tiles + 'static, const SPLIT: bool> Multiply for Tiled<T, SPLIT> {
 
     #[inline(always)]
     unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
-        // SAFETY: the caller's
-        unsafe { self.avx512.pack_pairs_of_rows::<SPLIT>(from, stride, rows, to) }
+        // SAFETY: the caller promises the same of these pointers
+        unsafe { self.simd().pack_pairs_of_rows::<SPLIT>(from, stride, rows, to) }
     }
 }
 
-/// What follows the product, for rows that are complete, some of them a step: the vector unit works while the tiles do.
+/// Runs the epilogue for complete rows, a few per step, so that the vector unit works while the tiles do.
 struct Behind<'a> {
-    follow: Option<&'a dyn Fn(Range<usize>)>,
+    follow: Option<Epilogue<'a>>,
     next: usize,
     complete: usize,
-    /// Rows of a step.
+    /// Rows per step.
     rows: usize,
 }
 
 impl Behind<'_> {
+    /// # Safety
+    /// The rows of the product up to `complete` are complete.
     #[inline(always)]
-    fn step(&mut self) {
+    unsafe fn step(&mut self) {
         if let Some(follow) = self.follow
             && self.next < self.complete
         {
             let end = self.complete.min(self.next + self.rows);
-            follow(self.next..end);
+            // SAFETY: these rows are complete, and `next` makes sure that each is passed once
+            unsafe { follow.run(self.next..end) };
             self.next = end;
         }
     }
@@ -323,7 +348,8 @@ impl Behind<'_> {
 /// Two tiles of rows (or one) times two tiles of columns, over all chunks.
 ///
 /// # Safety
-/// As [`Product`] says; `c` has room for whole tiles of rows.
+/// A proof of `T` exists, the thread has entered, and `c` has room for whole tiles of rows; otherwise what [`Product`] asks
+/// for.
 #[inline(always)]
 unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
     p: &Product<'_>,
@@ -333,9 +359,10 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
 ) {
     const ROW: usize = COLS * size_of::<f32>();
     const C_LINES: usize = 2 * TILE * 2;
-    let mut t = T::new();
-    // SAFETY: the caller's
+    // SAFETY: the caller promises the instructions and the product: both tiles of rows with `chunks` chunks (with `BOTH`), a panel
+    // of as many, and whole tiles of sums
     unsafe {
+        let mut t = T::new();
         let (mut top, mut bottom) = (p.a_tile(first, TILE), p.a_tile(first + TILE, TILE));
         let mut b = p.b;
         let c = p.c.add(first * COLS).cast::<u8>();
@@ -353,12 +380,12 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
             t.zero::<2>();
             t.zero::<3>();
         }
-        // the sums of the next block, or of the first, which the next span begins with
+        // the sums of the next block, or of the first, with which the next span begins
         let c_next = if first + 2 * TILE < p.rows { c.wrapping_add(2 * TILE * ROW) } else { p.c.cast() };
         let c_step = C_LINES.div_ceil(p.chunks);
         for chunk in 0..p.chunks {
             if SPLIT {
-                // low · high first, so that both high sides are there when the right side's low one comes
+                // low · high first, so that both high sides are in registers when the right side's low half is loaded
                 t.load_once::<4>(top.add(p.a_low), STRIDE);
                 t.load::<6>(b, STRIDE);
                 t.dot::<0, 4, 6>();
@@ -415,7 +442,7 @@ unsafe fn block<T: Tiles, const SPLIT: bool, const BOTH: bool>(
 /// Tiles in plain Rust, as Intel's manual describes the instructions.
 #[cfg(test)]
 pub(crate) mod emulated {
-    use super::{Entered, STRIDE, TILE, Tiles};
+    use super::{Dot, Entered, STRIDE, TILE, Tiles};
 
     pub(crate) struct Emulated([[[u32; 16]; TILE]; 8]);
 
@@ -424,12 +451,23 @@ pub(crate) mod emulated {
     }
 
     impl Tiles for Emulated {
-        fn enter() -> Option<Entered> {
+        type Proof = Dot;
+        type BytesProof = Dot;
+
+        fn vectors(proof: Dot) -> Dot {
+            proof
+        }
+
+        fn floats(proof: Dot) -> Dot {
+            proof
+        }
+
+        fn enter(_: Dot) -> Option<Entered> {
             None
         }
 
-        fn new() -> Self {
-            Self([[[0x7fc0_7fc0; 16]; TILE]; 8]) // NaN: a register that was not loaded shows
+        unsafe fn new() -> Self {
+            Self([[[0x7fc0_7fc0; 16]; TILE]; 8]) // NaN, so that a result shows if a register was not loaded
         }
 
         unsafe fn zero<const T: usize>(&mut self) {
@@ -438,19 +476,19 @@ pub(crate) mod emulated {
 
         unsafe fn load<const T: usize>(&mut self, from: *const u8, stride: usize) {
             for (i, row) in self.0[T].iter_mut().enumerate() {
-                // SAFETY: the caller's
+                // SAFETY: the caller's pointer is valid for this row
                 *row = unsafe { from.add(i * stride).cast::<[u32; STRIDE / 4]>().read_unaligned() };
             }
         }
 
         unsafe fn load_once<const T: usize>(&mut self, from: *const u8, stride: usize) {
-            // SAFETY: the caller's
+            // SAFETY: the caller promises the same of this pointer
             unsafe { self.load::<T>(from, stride) }
         }
 
         unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize) {
             for (i, row) in self.0[T].iter().enumerate() {
-                // SAFETY: the caller's
+                // SAFETY: the caller's pointer is valid for this row
                 unsafe { to.add(i * stride).cast::<[u32; STRIDE / 4]>().write_unaligned(*row) };
             }
         }
@@ -458,7 +496,7 @@ pub(crate) mod emulated {
         unsafe fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
             for m in 0..TILE {
                 for n in 0..16 {
-                    // products are exact in f32; even ones and odd ones are added up by themselves
+                    // products are exact in f32; the CPU sums even and odd ones separately
                     let (mut even, mut odd) = (0.0, 0.0);
                     for k in 0..16 {
                         let ([a0, a1], [b0, b1]) = (pair(self.0[A][m][k]), pair(self.0[B][k][n]));
@@ -484,6 +522,6 @@ pub(crate) mod emulated {
             }
         }
 
-        fn will_write(_: *const u8) {}
+        unsafe fn will_write(_: *const u8) {}
     }
 }

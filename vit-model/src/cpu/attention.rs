@@ -1,84 +1,85 @@
-//! Attention, one head of one image at a time: scores, softmax and the weighted sum for a block of queries stay in the
-//! cache; nothing of the size of all scores is ever written. Both products are the kernel's own where it says so, in f32
-//! elsewhere; the softmax is in f32.
+//! Attention, one head of one image at a time. Scores, softmax and the weighted sum for a block of queries stay in the cache;
+//! nothing of the size of all scores is ever written. Both products are the kernel's own if it says so, and in f32 otherwise;
+//! the softmax is in f32.
 
 use std::ops::Range;
 
-use super::kernel::Kernel;
-use super::linear::{self, Add, Multiply};
+use super::math::{exp2, exp2_for_bf16};
+use super::multiply::Multiply;
 use super::norm::Norm;
-use super::pack::{Acts, ActsRow, CHUNK_BYTES, Product, Rows, Strips};
-use super::simd::{Op, Simd, exp2, exp2_for_bf16};
+use super::product::Product;
+use super::shape::CHUNK_BYTES;
+use super::simd::{Op, Simd};
+use super::tiles::{Acts, ActsRow, Rows, Strips};
 
-/// The attentions of one layer.
-pub(crate) struct Job<'a> {
+/// The attention of one layer, for all heads and images.
+pub(crate) struct AttentionJob<'a> {
     /// Queries, keys and values, each with the column of its first head.
-    pub(crate) q: (From, usize),
-    pub(crate) k: (From, usize),
-    pub(crate) v: (From, usize),
+    pub(crate) q: (AttentionFrom, usize),
+    pub(crate) k: (AttentionFrom, usize),
+    pub(crate) v: (AttentionFrom, usize),
     pub(crate) images: usize,
-    /// Queries of an image, and how many rows of `q` an image has: none where all share one.
+    /// Queries of an image, and the rows of `q` from an image to the next: zero if all images share their queries.
     pub(crate) queries: usize,
     pub(crate) query_rows: usize,
-    /// Rows of an image in `k` and `v`, and the first of them that is a key.
+    /// Rows of an image in `k` and `v`, and the first of them that is a key. At least one is.
     pub(crate) tokens: usize,
     pub(crate) first_key: usize,
     pub(crate) heads: usize,
     pub(crate) dim: usize,
     /// Norms on q and k.
     pub(crate) norms: Option<(&'a Norm, &'a Norm)>,
-    pub(crate) to: To,
+    pub(crate) to: AttentionTo,
 }
 
-/// Where queries, keys and values are.
+/// Where queries, keys or values are read from.
 #[derive(Clone, Copy)]
-pub(crate) enum From {
+pub(crate) enum AttentionFrom {
     Rows(Rows),
     /// Heads are whole strips and panels.
     Strips(Strips),
 }
 
-/// How queries, keys and values lie between their linear layer and attention, in memory of [`between_bytes`]: where the
-/// one writes them, and where the other finds them. Those that a norm is to see before they are rounded are not `plain`.
-pub(crate) fn between(
-    kernel: &dyn Kernel,
-    start: *mut u8,
-    rows: usize,
-    [dim, head_dim]: [usize; 2],
-    plain: bool,
-) -> (linear::To, From) {
-    match kernel.strips() {
-        Some(shape) if plain && head_dim.is_multiple_of(shape.cols.max(shape.elements.chunk())) => {
-            let strips = Strips::new(start, shape.elements, rows, 3 * dim);
-            (linear::To::Strips(strips), From::Strips(strips))
-        }
-        _ => {
-            let rows = Rows::new(start, 3 * dim);
-            (linear::To::Rows(rows, Add::Nothing), From::Rows(rows))
+impl AttentionFrom {
+    fn contains(self, rows: usize, columns: usize) -> bool {
+        match self {
+            Self::Rows(view) => view.contains(rows, columns),
+            Self::Strips(view) => view.contains(rows, columns),
         }
     }
 }
 
-/// Bytes for queries, keys and values, however they lie.
-pub(crate) fn between_bytes(kernel: &dyn Kernel, rows: usize, dim: usize) -> usize {
-    let strips = kernel.strips().map_or(0, |shape| Strips::bytes(shape.elements, rows, 3 * dim));
-    Rows::bytes(rows, 3 * dim).max(strips)
-}
-
-/// Where attention goes.
+/// Where attention writes its result.
 #[derive(Clone, Copy)]
-pub(crate) enum To {
+pub(crate) enum AttentionTo {
     Acts(Acts),
     Rows(Rows),
 }
 
-impl Job<'_> {
-    /// Parts that a head's queries are cut in, where there are fewer heads than threads to keep busy.
+impl AttentionJob<'_> {
+    /// Whether every view contains what the job accesses.
+    fn is_inside(&self) -> bool {
+        let (width, rows) = (self.heads * self.dim, self.images * self.queries);
+        let reads = |(view, column): (AttentionFrom, usize), rows| view.contains(rows, column + width);
+        let writes = match self.to {
+            AttentionTo::Acts(acts) => acts.contains(rows, width),
+            AttentionTo::Rows(to) => to.contains(rows, width),
+        };
+        let last_queries = (self.images - 1) * self.query_rows + self.queries;
+        let tokens = self.images * self.tokens;
+        writes
+            && reads(self.q, last_queries)
+            && reads(self.k, tokens)
+            && reads(self.v, tokens)
+            && self.first_key < self.tokens
+    }
+
+    /// Parts that a head's queries are cut into, if there are fewer heads than it takes to keep all threads busy.
     fn splits(&self, threads: usize) -> usize {
         if threads == 1 { 1 } else { (2 * threads).div_ceil(self.images * self.heads).min(self.queries.div_ceil(32)) }
     }
 
-    /// Independent parts of the job.
+    /// Number of independent units.
     pub(crate) fn units(&self, threads: usize) -> usize {
         self.images * self.heads * self.splits(threads)
     }
@@ -93,7 +94,7 @@ struct Scratch {
     /// Kᵀ in panels of keys, V in panels of its columns.
     keys: usize,
     values: usize,
-    /// A block of queries in tiles, and what the rounding of them left over so many bytes further.
+    /// A block of queries in tiles, and the bytes from there to their rounding errors.
     queries: usize,
     queries_low: usize,
     /// Scores, `[panel of keys][query][key]`.
@@ -144,28 +145,30 @@ pub(crate) fn scratch_bytes<M: Multiply>(keys: usize, dim: usize) -> usize {
 }
 
 /// One unit of a job.
-pub(crate) struct Unit<'a, M> {
+///
+/// # Safety of [`Op::call`]
+/// `scratch` is valid for [`scratch_bytes`] bytes that only this thread uses, the thread has entered the kernel, and no other
+/// thread writes the job's input or accesses the part of its output that belongs to this unit.
+pub(crate) struct AttentionUnit<'a, M> {
     pub(crate) multiply: M,
-    pub(crate) job: &'a Job<'a>,
+    pub(crate) job: &'a AttentionJob<'a>,
     pub(crate) unit: usize,
     pub(crate) threads: usize,
-    /// [`scratch_bytes`], this thread's own.
     pub(crate) scratch: *mut f32,
 }
 
-impl<M: Multiply> Op<M::S> for Unit<'_, M> {
-    type Out = ();
-
+impl<M: Multiply> Op<M::S> for AttentionUnit<'_, M> {
     #[inline(always)]
-    fn call(self, s: M::S) {
+    unsafe fn call(self, s: M::S) {
         let Self { multiply, job, unit, threads, scratch } = self;
+        assert!(job.is_inside(), "attention reads or writes outside its views");
         let splits = job.splits(threads);
         let (image, head, split) = (unit / splits / job.heads, unit / splits % job.heads, unit % splits);
         let part = |i: usize| (job.queries * i / splits).next_multiple_of(M::QUERIES).min(job.queries);
         let at = Scratch::new::<M>(job.keys(), job.dim);
         let head = Head { multiply, job, image, head, scratch: scratch.cast(), at };
-        // SAFETY: `job` describes rows inside its buffers, the scratch has the room `Scratch` counted, and no other unit
-        // writes this head's columns of these queries
+        // SAFETY: the views contain what the job accesses, as was checked above; the caller's scratch has the room that
+        // `Scratch` counts, and no other thread accesses this head's columns of these queries
         unsafe {
             head.pack_keys(s);
             head.pack_values(s);
@@ -180,19 +183,19 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
 
 struct Head<'a, M> {
     multiply: M,
-    job: &'a Job<'a>,
+    job: &'a AttentionJob<'a>,
     image: usize,
     head: usize,
     scratch: *mut u8,
     at: Scratch,
 }
 
-/// # Safety of every function
-/// As in [`Unit::call`].
+/// # Safety of every unsafe function
+/// What [`AttentionUnit`] asks for, which its `call` has checked as far as views are concerned.
 impl<M: Multiply> Head<'_, M> {
-    /// Bytes of a panel of so many chunks.
+    /// Bytes of a panel of `chunks` chunks.
     fn panel(chunks: usize) -> usize {
-        chunks * M::SHAPE.cols * M::SHAPE.elements.column_bytes()
+        M::SHAPE.panel_bytes(chunks)
     }
 
     /// Chunks along a head's channels, and along the keys.
@@ -208,21 +211,29 @@ impl<M: Multiply> Head<'_, M> {
 
     /// `norm(row)` of this head, with zeros up to the next row.
     #[inline(always)]
-    unsafe fn row(&self, s: M::S, norm: Option<&Norm>, (from, first): (From, usize), row: usize, to: *mut f32) {
+    unsafe fn row(
+        &self,
+        s: M::S,
+        norm: Option<&Norm>,
+        (from, first): (AttentionFrom, usize),
+        row: usize,
+        to: *mut f32,
+    ) {
         let (dim, first) = (self.job.dim, first + self.head * self.job.dim);
-        // SAFETY: the caller's; rows end in whole vectors of padding or of other heads, which are cleared
+        // SAFETY: the row is inside the view, whose rows end in padding for whole vectors; what these contain beyond the head
+        // is cleared. `to` is a row of the scratch
         unsafe {
             match (from, norm) {
-                (From::Rows(rows), Some(norm)) => {
+                (AttentionFrom::Rows(rows), Some(norm)) => {
                     norm.apply(s, rows.row(row).add(first), |column, x| s.store(to.add(column), x));
                 }
-                (From::Rows(rows), None) => {
+                (AttentionFrom::Rows(rows), None) => {
                     let from = rows.row(row).add(first);
                     for column in (0..dim).step_by(M::S::LANES) {
                         s.store(to.add(column), s.load(from.add(column)));
                     }
                 }
-                (From::Strips(_), _) => unreachable!("strips are read as they are"),
+                (AttentionFrom::Strips(_), _) => unreachable!("strips are read as they are"),
             }
             for column in dim..self.width() {
                 *to.add(column) = 0.0;
@@ -230,11 +241,11 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
-    /// The strips, and where this head and image begins in them from row `first` on, where that is how they lie.
+    /// The strips, and the address of row `first` of this head and image in them, if the kernel reads strips directly.
     #[inline(always)]
-    fn strips(&self, (from, column): (From, usize), first: usize) -> Option<(Strips, *const u8)> {
+    fn strips(&self, (from, column): (AttentionFrom, usize), first: usize) -> Option<(Strips, *const u8)> {
         match from {
-            From::Strips(strips) if M::STRIPS => {
+            AttentionFrom::Strips(strips) if M::STRIPS => {
                 let (row, column) = (self.image * self.job.tokens + first, column + self.head * self.job.dim);
                 Some((strips, strips.at(row, column).cast_const()))
             }
@@ -242,7 +253,7 @@ impl<M: Multiply> Head<'_, M> {
         }
     }
 
-    /// Fetches a row of the next head, whose query of this head is at `q`: its query, key and value.
+    /// Prefetches the query, key and value of a row of the next head. `q` is the address of this head's query.
     #[inline(always)]
     fn fetch_next(&self, s: M::S, strips: Strips, q: *const u8) {
         let (job, elements) = (self.job, M::SHAPE.elements);
@@ -260,7 +271,7 @@ impl<M: Multiply> Head<'_, M> {
     #[inline(always)]
     unsafe fn pack_keys(&self, s: M::S) {
         let (job, cols, width, (chunks, _)) = (self.job, M::SHAPE.cols, self.width(), self.chunks());
-        // SAFETY: the caller's
+        // SAFETY: keys are rows of the job's views, and the scratch has `keys` and `rows` of the sizes that `Scratch` counts
         unsafe {
             if let Some((strips, from)) = self.strips(job.k, job.first_key) {
                 for first in (0..job.keys()).step_by(cols) {
@@ -292,7 +303,7 @@ impl<M: Multiply> Head<'_, M> {
     unsafe fn pack_values(&self, s: M::S) {
         let (job, shape, width, (_, chunks)) = (self.job, M::SHAPE, self.width(), self.chunks());
         let chunk = shape.elements.chunk();
-        // SAFETY: the caller's
+        // SAFETY: values are rows of the job's views, and the scratch has `values` and `rows` of the sizes that `Scratch` counts
         unsafe {
             if let Some((strips, from)) = self.strips(job.v, job.first_key) {
                 for (panel, i) in (0..job.dim / shape.cols).flat_map(|panel| (0..chunks).map(move |i| (panel, i))) {
@@ -322,7 +333,7 @@ impl<M: Multiply> Head<'_, M> {
     unsafe fn pack_queries(&self, s: M::S, queries: Range<usize>) {
         let (job, at, chunks) = (self.job, &self.at, self.chunks().0);
         let width = chunks * M::SHAPE.elements.chunk();
-        // SAFETY: the caller's
+        // SAFETY: queries are rows of the job's views, and the scratch has a block of `queries` and one of `rows`
         unsafe {
             let row = self.scratch.add(at.rows).cast::<f32>();
             for i in 0..queries.len() {
@@ -346,7 +357,8 @@ impl<M: Multiply> Head<'_, M> {
         let Self { multiply, job, scratch, ref at, .. } = *self;
         let (shape, (dim_chunks, key_chunks)) = (M::SHAPE, self.chunks());
         let (rows, block) = (queries.len(), M::QUERIES * shape.cols);
-        // SAFETY: the caller's
+        // SAFETY: both sides and the sums of each product are in the scratch, packed above for this head, or strips of the
+        // job's views. It writes only this head's columns for these queries
         unsafe {
             let weights = scratch.add(at.weights);
             let (scores, sums) = (scratch.add(at.scores).cast::<f32>(), scratch.add(at.sums).cast::<f32>());
@@ -364,10 +376,10 @@ impl<M: Multiply> Head<'_, M> {
             let mut inverse = [0f32; 64];
             let mut first = 0;
             while first < rows {
-                // as many rows as take turns, and divide a block of queries evenly
+                // numbers of interleaved rows that divide a block of queries evenly
                 first += match rows - first {
                     4.. if M::QUERIES.is_multiple_of(4) => self.softmax::<4>(s, queries.start, first, &mut inverse),
-                    3.. => self.softmax::<3>(s, queries.start, first, &mut inverse),
+                    3.. if !M::QUERIES.is_multiple_of(4) => self.softmax::<3>(s, queries.start, first, &mut inverse),
                     _ => self.softmax::<1>(s, queries.start, first, &mut inverse),
                 };
             }
@@ -376,10 +388,11 @@ impl<M: Multiply> Head<'_, M> {
                 let c = sums.add(panel * block);
                 multiply.product(&Product { b, c, ..product::<M>(weights, key_chunks, at.weights_low, rows) });
                 let width = shape.cols.min(job.dim - panel * shape.cols);
-                if let (To::Acts(acts), true) = (job.to, M::STRIPS && job.dim.is_multiple_of(shape.cols)) {
+                if let (AttentionTo::Acts(acts), true) = (job.to, M::STRIPS && job.dim.is_multiple_of(shape.cols)) {
                     for (i, &inverse) in inverse.iter().enumerate().take(rows) {
                         let (row, inverse) = (c.add(i * shape.cols), s.splat(inverse));
-                        let to = acts.row_of(shape.tile, self.image * job.queries + queries.start + i);
+                        let query = self.image * job.queries + queries.start + i;
+                        let to = acts.row_of(shape.tile, acts.shape().elements, query);
                         let (x, y) = (s.load(row), s.load(row.add(M::S::LANES)));
                         let column = self.head * job.dim + panel * shape.cols;
                         to.put_pair(s, column, s.mul(x, inverse), s.mul(y, inverse));
@@ -395,21 +408,21 @@ impl<M: Multiply> Head<'_, M> {
                     let query = self.image * job.queries + queries.start + i;
                     let column = self.head * job.dim + panel * shape.cols;
                     match job.to {
-                        To::Acts(acts) => acts.row(query).put_run(s, column, values),
-                        To::Rows(to) => to.row(query).add(column).copy_from_nonoverlapping(row, width),
+                        AttentionTo::Acts(acts) => acts.row(query).put_run(s, column, values),
+                        AttentionTo::Rows(to) => to.row(query).add(column).copy_from_nonoverlapping(row, width),
                     }
                 }
             }
         }
     }
 
-    /// `2ˣ`, as exact as what is made of it.
+    /// `2ˣ`, as exact as the elements that it is rounded to.
     #[inline(always)]
     fn exp2(&self, s: M::S, x: <M::S as Simd>::F) -> <M::S as Simd>::F {
         if M::SHAPE.elements.rounds() { exp2_for_bf16(s, x) } else { exp2(s, x) }
     }
 
-    /// What is added to the last vector of scores: nothing, and −∞ beyond the keys.
+    /// What is added to the last vector of scores: zero, and −∞ beyond the keys.
     #[inline(always)]
     fn padding(&self) -> [f32; 16] {
         let (keys, lanes) = (self.job.keys(), M::S::LANES);
@@ -424,18 +437,18 @@ impl<M: Multiply> Head<'_, M> {
         ActsRow::new(M::SHAPE, self.scratch.wrapping_add(start + i / tile * chunks * tile * CHUNK_BYTES), i % tile, low)
     }
 
-    /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums;
-    /// answers `N`. The rows take turns, as each is a chain of operations that wait for each other. The scores are not
-    /// written to: a vector that was written in parts is read late.
+    /// The scores of `N` rows of a block, from `first` on → `e^((score − largest) / √d)` in tiles, and one over their sums.
+    /// Returns `N`. The rows are interleaved, because each is a chain of dependent operations. The scores are not
+    /// overwritten, because reading a vector that was just written in parts stalls.
     #[inline(always)]
     unsafe fn softmax<const N: usize>(&self, s: M::S, query: usize, first: usize, inverse: &mut [f32; 64]) -> usize {
         let Self { job, scratch, ref at, .. } = *self;
         let (keys, shape, lanes, (_, key_chunks)) = (job.keys(), M::SHAPE, M::S::LANES, self.chunks());
         let place = |key: usize| key / shape.cols * M::QUERIES * shape.cols + key % shape.cols;
-        // whole vectors of keys, one that may have padding, and zeros
+        // whole vectors of keys up to `last`, one that may have padding, then zeros up to `end`
         let (last, end) = (keys.next_multiple_of(lanes) - lanes, keys.next_multiple_of(shape.elements.chunk()));
         let scale = std::f32::consts::LOG2_E / (job.dim as f32).sqrt();
-        // SAFETY: the caller's; a panel is whole vectors
+        // SAFETY: scores and weights of these rows are in the scratch, and a panel is whole vectors
         unsafe {
             if let Some((strips, from)) = self.strips(job.q, query + first) {
                 (0..N).for_each(|row| self.fetch_next(s, strips, from.add(row * CHUNK_BYTES)));
@@ -483,7 +496,7 @@ impl<M: Multiply> Head<'_, M> {
     }
 }
 
-/// A product of tiles in scratch; its panel and where it goes are still to be said.
+/// A product of tiles in scratch, whose panel and output the caller fills in.
 fn product<M: Multiply>(a: *const u8, chunks: usize, a_low: usize, rows: usize) -> Product<'static> {
     let a_chunk = M::SHAPE.tile * CHUNK_BYTES;
     Product {

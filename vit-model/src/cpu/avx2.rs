@@ -2,15 +2,17 @@
 
 use std::arch::x86_64::*;
 
-use super::pack::Product;
-use super::simd::{Ahead, Op, Simd, lanewise, register_tiles, tile};
+use super::math;
+use super::product::Product;
+use super::registers::{Ahead, register_tiles, tile};
+use super::simd::{Op, Simd, lanewise};
 
 /// Proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
-    /// The proof, where it holds.
+    /// The proof, if the CPU has them.
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
     }
@@ -19,12 +21,12 @@ impl Avx2 {
 /// A register tile of `ROWS` rows.
 ///
 /// # Safety
-/// The CPU has the features; otherwise as [`Product`] says.
+/// The CPU has AVX2 and FMA, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: as the caller says
+    // SAFETY: the caller promises the features, which `Avx2` stands for, and the product
     unsafe {
-        // once a tile, which is short; with every chunk it would cost more than it saves
+        // once per tile, which is short; prefetching with every chunk would cost more than it saves
         ahead.step();
         tile::<Avx2, ROWS>(Avx2(()), p, first, None);
     }
@@ -33,10 +35,10 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahe
 /// Eight rows of eight → its transpose.
 ///
 /// # Safety
-/// Inlined where AVX2 is switched on.
+/// The CPU has AVX2.
 #[inline(always)]
 unsafe fn transpose(rows: &mut [__m256; 8]) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises AVX2
     unsafe {
         let mut t = *rows;
         // pairs of rows, then fours, then the halves of the registers
@@ -68,28 +70,29 @@ impl Simd for Avx2 {
     const STRIPS: bool = true;
 
     #[inline(always)]
-    fn run<T: Op<Self>>(self, op: T) -> T::Out {
+    unsafe fn run<T: Op<Self>>(self, op: T) {
         #[target_feature(enable = "avx2,fma")]
-        fn go<T: Op<Avx2>>(s: Avx2, op: T) -> T::Out {
-            op.call(s)
+        unsafe fn go<T: Op<Avx2>>(s: Avx2, op: T) {
+            // SAFETY: the caller of `run` promises what `op` asks for
+            unsafe { op.call(s) }
         }
-        // SAFETY: `self` proves the features
+        // SAFETY: `self` proves the features; the caller promises what `op` asks for
         unsafe { go(self, op) }
     }
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        // SAFETY: `self` proves the features; the rest is the caller's
+        // SAFETY: `self` proves the features, and the caller promises the product
         unsafe { register_tiles!(rows[], p, steps: 1, fewer: [1 2 3 4 5], whole: 6) }
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // of a chunk: both halves of its values, of either run of eight columns
+        // both halves of a chunk's values, for both runs of eight columns
         for (chunk, run, half) in
             (0..chunks).flat_map(|chunk| [(chunk, 0, 0), (chunk, 0, 1), (chunk, 1, 0), (chunk, 1, 1)])
         {
-            // SAFETY: the caller's; `self` proves the features
+            // SAFETY: `self` proves the features; run, chunk and half are inside what the caller's pointers are valid for
             unsafe {
                 let from = from.add(run * 8 * stride + chunk * 16 + half * 8);
                 let mut rows = [_mm256_setzero_ps(); 8];
@@ -103,25 +106,25 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m256 {
-        // SAFETY: `self` proves the features, the caller the pointer
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm256_loadu_ps(p) }
     }
 
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, x: __m256) {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm256_storeu_ps(p, x) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const u16) -> __m256 {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
     }
 
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, x: __m256) {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe {
             let bits = _mm256_castps_si256(x);
             let odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -146,6 +149,11 @@ impl Simd for Avx2 {
             let exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
             _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent))
         };
+    }
+
+    #[inline(always)]
+    fn gelu(self, x: __m256) -> __m256 {
+        math::gelu(self, x)
     }
 
     #[inline(always)]

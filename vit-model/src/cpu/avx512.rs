@@ -3,9 +3,11 @@
 use std::arch::x86_64::*;
 
 use super::erf;
-use super::linear::{F32, Multiply};
-use super::pack::{CHUNK_BYTES, Elements, Product, Shape};
-use super::simd::{Ahead, Op, Simd, for_each_column, lanewise, register_tiles, tile};
+use super::multiply::{F32, Multiply};
+use super::product::Product;
+use super::registers::{Ahead, for_each_column, register_tiles, tile};
+use super::shape::{CHUNK_BYTES, Elements, Shape};
+use super::simd::{Op, Simd, lanewise};
 
 /// Rows of a register tile.
 const TILE: usize = 12;
@@ -13,19 +15,19 @@ const TILE: usize = 12;
 const COLS: usize = 32;
 /// Bytes of a run of columns in a chunk of a panel: sixteen vectors.
 pub(crate) const RUN_BYTES: usize = 16 * CHUNK_BYTES;
-/// Chunks that a register tile takes at once in bf16. A panel's do not fit the first-level cache; the vectors come from the
-/// second in time, as there are 12 products for each, and the sums are loaded and stored half as often.
+/// Chunks that a register tile takes at once in bf16. Those of a panel do not fit the first-level cache, but with 12 products
+/// per vector the second-level cache is fast enough, and the sums are loaded and stored half as often.
 const BF16_DEPTH: usize = 24;
 
-/// Proof that the CPU has AVX-512 F, BW, DQ and VL; with `DOT` also its instructions for bf16, which dot pairs and round.
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL, and with `DOT` also AVX-512 BF16, which multiplies pairs and rounds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512<const DOT: bool = false>(());
 
-/// With the instructions for bf16.
+/// Proof that the CPU has AVX-512 with BF16.
 pub(crate) type Dot = Avx512<true>;
 
 impl<const DOT: bool> Avx512<DOT> {
-    /// The proof, where it holds.
+    /// The proof, if the CPU has them.
     pub(crate) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -36,21 +38,24 @@ impl<const DOT: bool> Avx512<DOT> {
         all.then_some(Self(()))
     }
 
-    /// Two vectors as bf16, one behind the other; only where there is `DOT`.
+    /// The proof that includes BF16, if this one does.
     #[inline(always)]
-    pub(crate) fn pair(self, x: __m512, y: __m512) -> __m512i {
-        // SAFETY: `self` proves the features
-        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x)) }
+    fn dot(self) -> Option<Dot> {
+        if DOT { Some(Avx512(())) } else { None }
     }
 }
 
 impl Dot {
-    /// Two vectors as bf16, one behind the other, and (`SPLIT`) what the rounding left over.
-    ///
-    /// # Safety
-    /// Inlined where the features are switched on.
+    /// Two vectors as bf16, one after the other.
     #[inline(always)]
-    pub(crate) unsafe fn split<const SPLIT: bool>(self, x: __m512, y: __m512) -> (__m512i, __m512i) {
+    pub(crate) fn pair(self, x: __m512, y: __m512) -> __m512i {
+        // SAFETY: `self` proves AVX-512 BF16
+        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x)) }
+    }
+
+    /// Two vectors as bf16, one after the other, and with `SPLIT` their rounding errors.
+    #[inline(always)]
+    pub(crate) fn split<const SPLIT: bool>(self, x: __m512, y: __m512) -> (__m512i, __m512i) {
         let high = self.pair(x, y);
         if !SPLIT {
             return (high, high);
@@ -64,10 +69,10 @@ impl Dot {
         }
     }
 
-    /// Packs a panel of two runs in bf16, or (`SPLIT`) in bf16 twice.
+    /// Packs a panel of two runs in bf16, or with `SPLIT` in bf16 twice.
     ///
     /// # Safety
-    /// As for [`Multiply::pack_columns`]; inlined where the features are switched on.
+    /// What [`Multiply::pack_columns`] asks for.
     #[inline(always)]
     pub(crate) unsafe fn pack_pairs<const SPLIT: bool>(
         self,
@@ -77,7 +82,7 @@ impl Dot {
         to: *mut u8,
     ) {
         for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
-            // SAFETY: the caller's; `self` proves the features
+            // SAFETY: `self` proves the features; run and chunk are inside what the caller's pointers are valid for
             unsafe {
                 let from = from.add(run * 16 * stride + chunk * 32);
                 let to = to.add((chunk * 2 * if SPLIT { 2 } else { 1 } + run) * RUN_BYTES);
@@ -94,10 +99,10 @@ impl Dot {
         }
     }
 
-    /// Packs a chunk of a panel of two runs, whose rows are rows of a matrix, in bf16 or (`SPLIT`) in bf16 twice.
+    /// Packs a chunk of a panel of two runs, whose rows are rows of a matrix, in bf16 or with `SPLIT` in bf16 twice.
     ///
     /// # Safety
-    /// As for [`Multiply::pack_rows`]; inlined where the features are switched on.
+    /// What [`Multiply::pack_rows`] asks for.
     #[inline(always)]
     pub(crate) unsafe fn pack_pairs_of_rows<const SPLIT: bool>(
         self,
@@ -106,7 +111,7 @@ impl Dot {
         rows: usize,
         to: *mut u8,
     ) {
-        // SAFETY: the caller's; `self` proves the features
+        // SAFETY: `self` proves the features; row, run and pair are inside what the caller's pointers are valid for
         unsafe {
             let pairs = _mm512_loadu_si512(PAIRS.as_ptr().cast());
             for (pair, run) in (0..16).flat_map(|pair| [(pair, 0), (pair, 1)]) {
@@ -124,7 +129,7 @@ impl Dot {
     }
 }
 
-/// A value of the one row, a value of the other, …
+/// The order that interleaves the values of two rows.
 pub(crate) static PAIRS: [u16; 32] = {
     let mut pairs = [0; 32];
     let mut i = 0;
@@ -138,10 +143,10 @@ pub(crate) static PAIRS: [u16; 32] = {
 /// A register tile of `ROWS` rows.
 ///
 /// # Safety
-/// The CPU has the features; otherwise as [`Product`] says.
+/// The CPU has the features, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: as the caller says
+    // SAFETY: the caller promises the features, which `Avx512` stands for, and the product
     unsafe { tile::<Avx512, ROWS>(Avx512(()), p, first, Some(ahead)) }
 }
 
@@ -151,7 +156,7 @@ unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahe
 /// The CPU has AVX-512 F; `to` is valid for writing [`RUN_BYTES`].
 #[inline(always)]
 pub(crate) unsafe fn store_transposed(mut rows: [__m512i; 16], to: *mut u8) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises AVX-512 F and room for sixteen vectors
     unsafe {
         transpose(&mut rows);
         rows.iter().enumerate().for_each(|(i, &row)| _mm512_storeu_si512(to.add(i * 64).cast(), row));
@@ -164,7 +169,7 @@ pub(crate) unsafe fn store_transposed(mut rows: [__m512i; 16], to: *mut u8) {
 /// The CPU has AVX-512 F.
 #[inline(always)]
 unsafe fn transpose(rows: &mut [__m512i; 16]) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises AVX-512 F
     unsafe {
         let mut t = *rows;
         // pairs of rows, then fours, then the quarters of the registers, twice
@@ -198,36 +203,38 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     const BLOCK: usize = 12;
     const COLS: usize = COLS;
     const RUN: usize = 16;
-    // as many values of a row as in bf16: sums of the usual widths are loaded and stored once or not at all
+    // as many values of a row as in bf16, so that sums of the usual widths are loaded and stored at most once
     const DEPTH: usize = 2 * BF16_DEPTH;
     const PANELS: usize = 2;
     const STRIPS: bool = true;
     const FOLLOWS: bool = true;
 
     #[inline(always)]
-    fn run<T: Op<Self>>(self, op: T) -> T::Out {
+    unsafe fn run<T: Op<Self>>(self, op: T) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-        fn go<S: Simd, T: Op<S>>(s: S, op: T) -> T::Out {
-            op.call(s)
+        unsafe fn go<S: Simd, T: Op<S>>(s: S, op: T) {
+            // SAFETY: the caller of `run` promises what `op` asks for
+            unsafe { op.call(s) }
         }
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")]
-        fn go_dot<S: Simd, T: Op<S>>(s: S, op: T) -> T::Out {
-            op.call(s)
+        unsafe fn go_dot<S: Simd, T: Op<S>>(s: S, op: T) {
+            // SAFETY: the caller of `run` promises what `op` asks for
+            unsafe { op.call(s) }
         }
-        // SAFETY: `self` proves the features
+        // SAFETY: `self` proves the features; the caller promises what `op` asks for
         unsafe { if DOT { go_dot(self, op) } else { go(self, op) } }
     }
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        // SAFETY: `self` proves the features; the rest is the caller's
+        // SAFETY: `self` proves the features, and the caller promises the product
         unsafe { register_tiles!(rows[], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
         for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
-            // SAFETY: the caller's; `self` proves the features
+            // SAFETY: `self` proves the features; run and chunk are inside what the caller's pointers are valid for
             unsafe {
                 let from = from.add(run * 16 * stride + chunk * 16);
                 let mut rows = [_mm512_setzero_si512(); 16];
@@ -239,25 +246,25 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m512 {
-        // SAFETY: `self` proves the features, the caller the pointer
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm512_loadu_ps(p) }
     }
 
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, x: __m512) {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm512_storeu_ps(p, x) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const u16) -> __m512 {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
     }
 
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, x: __m512) {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for a vector
         unsafe {
             if DOT {
                 let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
@@ -272,10 +279,10 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 
     #[inline(always)]
     unsafe fn store_bf16_pair(self, p: *mut u16, x: __m512, y: __m512) {
-        // SAFETY: as for `load`
+        // SAFETY: `self` proves the features, and the caller's pointer is valid for both vectors
         unsafe {
-            if DOT {
-                _mm512_storeu_si512(p.cast(), self.pair(x, y));
+            if let Some(dot) = self.dot() {
+                _mm512_storeu_si512(p.cast(), dot.pair(x, y));
             } else {
                 self.store_bf16(p, x);
                 self.store_bf16(p.add(16), y);
@@ -292,7 +299,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         fma(a: __m512, b: __m512, c: __m512) -> _mm512_fmadd_ps(a, b, c);
         max(a: __m512, b: __m512) -> _mm512_max_ps(a, b);
         min(a: __m512, b: __m512) -> _mm512_min_ps(a, b);
-        // the smaller in size, with the sign of the first
+        // the smaller magnitude, with the sign of the first
         limit(a: __m512, most: __m512) -> _mm512_range_ps::<0b0010>(a, most);
         round(a: __m512) -> _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         scale(p: __m512, n: __m512) -> {
@@ -301,12 +308,12 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
             _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent))
         };
         reciprocal(a: __m512) -> {
-            // 14 bits, and a step of Newton's that doubles them
+            // 14 bits, which one step of Newton's method doubles
             let r = _mm512_rcp14_ps(a);
             _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0)), r)
         };
         gelu(x: __m512) -> {
-            // x/2 + |x| · E(|x|); the last piece is constant, so everything beyond may stand in its middle
+            // x/2 + |x| · E(|x|); the last piece is constant, so larger values are moved to its middle
             let size = _mm512_abs_ps(x);
             let at = _mm512_mul_ps(size, _mm512_set1_ps(1.0 / erf::WIDTH));
             let at = _mm512_min_ps(at, _mm512_set1_ps(erf::PIECES as f32 - 0.5));
@@ -322,7 +329,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 
     #[inline(always)]
     fn fetch_far(self, p: *const u8) {
-        // SAFETY: a hint, which no address can make fail
+        // SAFETY: a prefetch is a hint that is valid for every address
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
@@ -343,17 +350,18 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bf16(pub(crate) Dot);
 
-/// bf16 twice on both sides: three products, which together are as exact as f32.
+/// bf16 twice on both sides: three products that together are as exact as f32.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bf16x3(pub(crate) Dot);
 
-/// The product of one register tile in bf16: once, or (`SPLIT`) high · high + high · low + low · high.
+/// The product of one register tile in bf16: once, or with `SPLIT` high · high + high · low + low · high.
 ///
 /// # Safety
-/// The CPU has the features; otherwise as [`Product`] says.
+/// The CPU has the features, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: the caller's; a chunk is 16 pairs of each row, and of two runs of 16 columns, once or twice
+    // SAFETY: the caller promises the features and the product, whose chunks are 16 pairs of each row, and of two runs of 16
+    // columns, once or with `SPLIT` twice
     unsafe {
         let mut a = p.a_tile(first, TILE).cast::<i32>();
         let mut b = p.b.cast::<__m512bh>();
@@ -403,10 +411,10 @@ unsafe fn dot_rows<const ROWS: usize, const SPLIT: bool>(p: &Product<'_>, first:
 /// Every register tile of a product.
 ///
 /// # Safety
-/// As for [`dot_rows`].
+/// The CPU has the features of [`Dot`]; otherwise what [`Product`] asks for.
 #[inline(always)]
 unsafe fn dot<const SPLIT: bool>(p: &Product<'_>) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises the features and the product
     unsafe { register_tiles!(dot_rows[SPLIT], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
 }
 
@@ -428,18 +436,18 @@ impl Multiply for Bf16 {
 
     #[inline(always)]
     unsafe fn product(self, product: &Product<'_>) {
-        // SAFETY: `self` proves the features; the rest is the caller's
+        // SAFETY: `self` proves the features, and the caller promises the product
         unsafe { dot::<false>(product) }
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
+        // SAFETY: the caller promises the same of these pointers
         unsafe { self.0.pack_pairs::<false>(from, stride, chunks, to) }
     }
     #[inline(always)]
     unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
-        // SAFETY: the caller's
+        // SAFETY: the caller promises the same of these pointers
         unsafe { self.0.pack_pairs_of_rows::<false>(from, stride, rows, to) }
     }
 }
@@ -462,13 +470,13 @@ impl Multiply for Bf16x3 {
 
     #[inline(always)]
     unsafe fn product(self, product: &Product<'_>) {
-        // SAFETY: `self` proves the features; the rest is the caller's
+        // SAFETY: `self` proves the features, and the caller promises the product
         unsafe { dot::<true>(product) }
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
+        // SAFETY: the caller promises the same of these pointers
         unsafe { self.0.pack_pairs::<true>(from, stride, chunks, to) }
     }
 }

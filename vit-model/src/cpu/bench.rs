@@ -1,16 +1,18 @@
-//! The steps of one block, each by itself, for `benches/kernels.rs`. No part of the interface.
+//! The steps of one block, each by itself, for `benches/kernels.rs`. Not part of the API.
 
 use std::collections::BTreeMap;
 
-use super::buffer::Buffer;
-use super::kernel::{Kernel, block_shape};
-use super::linear::{self, Add, To};
+use super::attention::AttentionTo;
+use super::choose::choose;
+use super::isa::Isa;
+use super::kernel::Kernel;
+use super::linear::{Add, LinearTo};
 use super::net::{Block, Net};
-use super::norm::{NormRows, NormTo};
-use super::pack::{Acts, Linear, Rows};
-use super::threads::{Pool, Worker};
-use super::{Isa, Precision, attention, choose};
-use crate::{Activation, Config, Dtype, Error, Result, TensorInfo, Weights, load};
+use super::packed::PackedLinear;
+use super::pass::{Answers, Model, Pass};
+use super::threads::{Threads, Worker};
+use super::workspace::Workspace;
+use crate::{Config, Dtype, Error, Precision, Result, TensorInfo, Weights, layers};
 
 /// A step of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,9 +23,9 @@ pub enum Step {
     Qkv,
     /// Attention of all heads.
     Attention,
-    /// The projection behind attention, with the residual.
+    /// The projection after attention, with the residual.
     Proj,
-    /// The first layer of the MLP without its activation: GELU is what [`Fc1`](Self::Fc1) takes longer.
+    /// The first layer of the MLP without its activation. The difference to [`Fc1`](Self::Fc1) is the time of GELU.
     Fc1Bare,
     /// The first layer of the MLP.
     Fc1,
@@ -42,72 +44,49 @@ impl Step {
 pub struct Steps {
     config: Config,
     images: usize,
+    pixels: Vec<f32>,
     kernel: Box<dyn Kernel>,
-    pool: Pool,
+    threads: Threads,
+    net: Net,
     block: Block,
-    scratch: Vec<Buffer>,
-    x: Rows,
-    a: Acts,
-    /// Queries, keys and values as the kernel's attention reads them: where they go, and where they come from.
-    qkv: (To, attention::From),
-    h: Acts,
-    /// `a` and `h` as integers, where the linear layers multiply those.
-    bytes: [Acts; 2],
-    _memory: Vec<Buffer>,
+    workspace: Workspace,
 }
 
 impl Steps {
-    /// The block of an architecture, for so many images; nothing where the kernel has not this precision itself.
+    /// The block of an architecture for `images` images, or `None` if the kernel does not have this precision itself.
     ///
     /// # Errors
-    /// A kernel that this CPU lacks, a name that timm has not.
+    /// The CPU lacks the kernel, or timm has no architecture of this name.
     pub fn new(name: &str, images: usize, isa: Isa, precision: Precision, threads: usize) -> Result<Option<Self>> {
         let (kernel, real_isa, real_precision) = match choose(isa.check()?, precision) {
-            Err(Error::Unsupported(_)) if precision == Precision::Int8 => return Ok(None),
+            Err(Error::Unsupported { .. }) if precision == Precision::Int8 => return Ok(None),
             chosen => chosen?,
         };
         if (real_isa, real_precision) != (isa, precision) {
             return Ok(None);
         }
         let named = crate::names::Architecture::of(name);
-        let config = named.ok_or_else(|| Error::Unsupported(format!("`{name}`: no architecture of timm's")))?.config;
+        let config = named.ok_or_else(|| Error::unsupported(format!("`{name}`: no architecture of timm's")))?.config;
         let config = Config { depth: 1, ..config };
-        let (pool, weights) = (Pool::new(threads), Random::new(&config)?);
-        let mut blocks = Block::read(&config, &weights, 0..1, vec![], &*kernel, &pool)?;
-        let block = blocks.pop().ok_or_else(|| Error::Config("a block is missing".into()))?;
-
-        let (shape, dim, tokens) = (kernel.shape(), config.embed_dim, config.num_tokens());
-        let (rows, hidden) = (images * tokens, Net::hidden(&config));
-        let mut memory = Vec::new();
-        let mut room = |bytes| {
-            memory.push(Buffer::new(bytes));
-            memory[memory.len() - 1].ptr()
-        };
-        let x = Rows::new(room(Rows::bytes(rows, dim)), dim);
-        let a = Acts::new(room(Acts::bytes(shape, rows, dim)), shape, rows, dim);
-        let qkv = room(attention::between_bytes(&*kernel, rows, dim));
-        let qkv = attention::between(&*kernel, qkv, rows, [dim, config.head_dim()], true);
-        let h = Acts::new(room(Acts::bytes(shape, rows, hidden)), shape, rows, hidden);
-        let whole = block_shape(&*kernel);
-        let bytes = [dim, hidden].map(|width| Acts::new(room(Acts::bytes(whole, rows, width)), whole, rows, width));
-        let scratch_bytes = kernel.linear_scratch().max(kernel.attention_scratch(tokens, config.head_dim()));
-        let scratch = (0..pool.count()).map(|_| Buffer::new(scratch_bytes)).collect();
-        let this = Self { config, images, kernel, pool, block, scratch, x, a, qkv, h, bytes, _memory: memory };
-
-        // zeros would be multiplied faster than what a model has
+        let (threads, weights) = (Threads::new(threads), Random::new(&config)?);
+        let (net, mut blocks, _) = Net::read(&config, &weights, 0..1, &*kernel, &threads)?;
+        let block = blocks.pop().ok_or_else(|| Error::config("a block is missing"))?;
+        let mut workspace = Workspace::default();
+        workspace.fit(&config, &*kernel, images, threads.count());
+        let [h, w] = config.img_size;
         let mut numbers = Numbers(1);
-        for row in 0..rows {
-            // SAFETY: `x` has these rows of `dim` values, and nobody else uses it yet
-            (0..dim).for_each(|i| unsafe { *this.x.row(row).add(i) = numbers.next() });
-        }
-        [Step::Norm, Step::Qkv, Step::Fc1].into_iter().for_each(|step| this.run(step));
+        let pixels = (0..images * config.in_chans * h * w).map(|_| numbers.next()).collect();
+        let mut this = Self { config, images, pixels, kernel, threads, net, block, workspace };
+        // real tokens and activations, because zeros would be multiplied faster
+        this.with_pass(|pass, worker, _| pass.begin(worker));
+        [Step::Norm, Step::Qkv, Step::Attention, Step::Fc1].into_iter().for_each(|step| this.run(step));
         Ok(Some(this))
     }
 
     /// Multiplications and additions of a step.
     pub fn flops(&self, step: Step) -> u64 {
         let rows = self.rows() as u64;
-        let of = |linear: &Linear| 2 * rows * (linear.n * linear.k) as u64;
+        let of = |linear: &PackedLinear| 2 * rows * (linear.n() * linear.k()) as u64;
         match step {
             Step::Norm => 8 * rows * self.config.embed_dim as u64,
             Step::Qkv => of(&self.block.qkv),
@@ -123,67 +102,40 @@ impl Steps {
         self.images * self.config.num_tokens()
     }
 
-    /// Runs a step on all threads, over what the steps before left; residuals add up.
-    pub fn run(&self, step: Step) {
-        self.pool.run(&|worker| {
-            let _entered = self.kernel.enter();
-            let (block, residual) = (&self.block, To::Rows(self.x, Add::Residual));
-            let normed = if self.kernel.integers().is_some() { self.bytes[0] } else { self.a };
+    /// Runs a step on all threads, over what the steps before it left. Residuals add up.
+    pub fn run(&mut self, step: Step) {
+        let act = Some(self.config.act);
+        let tokens = self.config.num_tokens();
+        self.with_pass(|pass, worker, block| {
+            let (at, rows) = (&pass.at, pass.rows());
+            let residual = LinearTo::Rows(at.x, Add::Residual);
+            let (fc1, to_h) = (&block.mlp.fc1, LinearTo::Acts(at.h));
             match step {
-                Step::Norm => worker.each(self.rows().div_ceil(16), |unit| {
-                    let rows = unit * 16..self.rows().min(unit * 16 + 16);
-                    let to = NormTo::Acts(self.a);
-                    self.kernel.norm(NormRows { norm: &block.norm1, from: self.x, rows: rows.clone(), to });
-                    if let Some(integers) = self.kernel.integers() {
-                        integers.round(self.a, self.bytes[0], rows);
-                    }
-                }),
-                Step::Qkv => self.linear(worker, &block.qkv, normed, None, self.qkv.0),
-                Step::Attention => self.attention(worker),
-                Step::Proj => self.linear(worker, &block.proj, self.rounded(worker, self.a, 0), None, residual),
-                Step::Fc1Bare => self.linear(worker, &block.mlp.fc1, normed, None, To::Acts(self.h)),
-                Step::Fc1 => self.linear(worker, &block.mlp.fc1, normed, Some(self.config.act), To::Acts(self.h)),
-                Step::Fc2 => self.linear(worker, &block.mlp.fc2, self.rounded(worker, self.h, 1), None, residual),
+                Step::Norm => {
+                    pass.norm_for(worker, &block.qkv, &block.norm1, at.x, rows, at.a);
+                }
+                Step::Qkv => {
+                    pass.linear(worker, &block.qkv, pass.normed(&block.qkv, at.a), rows, None, at.between.0);
+                }
+                Step::Attention => pass.attend(worker, block, tokens, AttentionTo::Acts(at.a)),
+                Step::Proj => pass.linear(worker, &block.proj, at.a, rows, None, residual),
+                Step::Fc1Bare => pass.linear(worker, fc1, pass.normed(fc1, at.a), rows, None, to_h),
+                Step::Fc1 => pass.linear(worker, fc1, pass.normed(fc1, at.a), rows, act, to_h),
+                Step::Fc2 => pass.linear(worker, &block.mlp.fc2, at.h, rows, None, residual),
             }
         });
     }
 
-    /// What a linear layer behind no norm reads.
-    fn rounded(&self, worker: &Worker<'_>, from: Acts, which: usize) -> Acts {
-        let Some(integers) = self.kernel.integers() else { return from };
-        worker.each(self.rows().div_ceil(16), |unit| {
-            integers.round(from, self.bytes[which], unit * 16..self.rows().min(unit * 16 + 16));
+    fn with_pass(&mut self, f: impl Fn(&Pass<'_>, &Worker<'_>, &Block) + Sync) {
+        let Self { config, images, pixels, kernel, threads, net, block, workspace } = self;
+        let model = Model { config, kernel: &**kernel, net, threads: threads.count() };
+        let mut answers = Answers { logits: None, features: None, pre_logits: None, blocks: &mut [] };
+        // SAFETY: `new` has fitted the workspace for these images and this model, and there are no answers to change
+        let pass = unsafe { Pass::new(model, workspace, pixels, *images, &mut answers) };
+        threads.run(&|worker| {
+            let _entered = kernel.enter();
+            f(&pass, worker, block);
         });
-        self.bytes[which]
-    }
-
-    fn linear(&self, worker: &Worker<'_>, linear: &Linear, from: Acts, act: Option<Activation>, to: To) {
-        let (job, threads) = (linear::Job { linear, from, rows: self.rows(), act, to }, self.pool.count());
-        let units = self.kernel.linear_units(&job, threads);
-        worker.each(units, |unit| self.kernel.linear(&job, unit, threads, self.scratch(worker)));
-    }
-
-    fn attention(&self, worker: &Worker<'_>) {
-        let (config, threads, from) = (&self.config, self.pool.count(), self.qkv.1);
-        let job = attention::Job {
-            q: (from, 0),
-            k: (from, config.embed_dim),
-            v: (from, 2 * config.embed_dim),
-            images: self.images,
-            queries: config.num_tokens(),
-            query_rows: config.num_tokens(),
-            tokens: config.num_tokens(),
-            first_key: 0,
-            heads: config.num_heads,
-            dim: config.head_dim(),
-            norms: None,
-            to: attention::To::Acts(self.a),
-        };
-        worker.each(job.units(threads), |unit| self.kernel.attention(&job, unit, threads, self.scratch(worker)));
-    }
-
-    fn scratch(&self, worker: &Worker<'_>) -> *mut f32 {
-        self.scratch[worker.index].ptr().cast()
     }
 }
 
@@ -192,7 +144,7 @@ struct Random(BTreeMap<String, TensorInfo>);
 
 impl Random {
     fn new(config: &Config) -> Result<Self> {
-        let tensors = load::parameters(config)?.into_iter();
+        let tensors = layers::parameters(config)?.into_iter();
         Ok(Self(tensors.map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect()))
     }
 }
@@ -203,14 +155,14 @@ impl Weights for Random {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let shape = &self.0.get(name).ok_or_else(|| Error::tensor(name, "missing"))?.shape;
+        let shape = &self.0.get(name).ok_or_else(|| Error::missing(name))?.shape;
         let (count, inputs) = (shape.iter().product(), shape.iter().skip(1).product::<usize>());
         let (mut numbers, scale) = (Numbers(name.len() as u64), (inputs as f32).sqrt().recip());
         Ok((0..count).flat_map(|_| (scale * numbers.next()).to_le_bytes()).collect())
     }
 }
 
-/// Numbers in −1 to 1, the same on every run.
+/// Numbers from −1 to 1, the same on every run.
 struct Numbers(u64);
 
 impl Numbers {

@@ -1,26 +1,26 @@
-//! Memory for weights and activations: aligned to cache lines, in huge pages where it is large.
+//! Memory for weights and activations: aligned to cache lines, and in huge pages if it is large.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 const LINE: usize = 64;
-/// From here on memory comes from a [`Slab`](slab::Slab).
+/// Buffers of at least so many bytes are cut from a [`Slab`](slab::Slab).
 const LARGE: usize = 64 << 10;
 
-/// Zeroed bytes that never move. Threads write disjoint parts of it through [`Buffer::ptr`].
+/// Zeroed bytes that never move. Threads write disjoint parts of them through [`Buffer::ptr`].
 #[derive(Debug)]
 pub(crate) struct Buffer {
     start: NonNull<u8>,
     layout: Layout,
     len: usize,
-    /// Where it is a part of one.
+    /// The slab that it is cut from, if any.
     slab: Option<Arc<slab::Slab>>,
 }
 
-// SAFETY: it owns plain bytes; whoever writes through `ptr` answers for the absence of races
+// SAFETY: it owns plain bytes; code that writes through `ptr` is unsafe and promises the absence of races
 unsafe impl Send for Buffer {}
-// SAFETY: as above
+// SAFETY: as for `Send`
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
@@ -32,7 +32,7 @@ impl Buffer {
         {
             return Self { start, layout, len, slab: Some(slab) };
         }
-        // SAFETY: the layout is not empty
+        // SAFETY: the layout has at least one byte
         let start = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
         Self { start, layout, len, slab: None }
     }
@@ -42,9 +42,9 @@ impl Buffer {
         self.start.as_ptr()
     }
 
-    /// Sets every byte to zero. Nothing may be using the buffer.
-    pub(crate) fn clear(&self) {
-        // SAFETY: the buffer has `len` bytes
+    /// Sets every byte to zero.
+    pub(crate) fn clear(&mut self) {
+        // SAFETY: the buffer has `len` bytes, and the mutable borrow excludes views of them
         unsafe { self.start.as_ptr().write_bytes(0, self.len) }
     }
 
@@ -57,26 +57,26 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         match &self.slab {
-            // SAFETY: `take` gave these bytes to this buffer alone
+            // SAFETY: `take` gave these bytes to this buffer alone, which is dropped
             Some(slab) => unsafe { slab.give_back(self.start, self.len) },
-            // SAFETY: `new` allocated it with this layout
+            // SAFETY: `new` allocated these bytes with this layout
             None => unsafe { dealloc(self.start.as_ptr(), self.layout) },
         }
     }
 }
 
-/// Large buffers are cut one after the other from mappings of the system: zeroed without a write, so that the threads
-/// that fill them take the page faults, and in huge pages, which neighbours share. A mapping for each would leave its ends,
-/// half of a model's weights, in small pages.
+/// Large buffers are cut one after the other from mappings of the system. These are zeroed without a write, so that the
+/// threads that fill them take the page faults, and are in huge pages, which neighbours share. A mapping per buffer would leave
+/// the ends of each, half of a model's weights, in small pages.
 #[cfg(all(target_os = "linux", not(miri)))]
 mod slab {
     use std::ptr::NonNull;
     use std::sync::{Arc, Mutex, PoisonError, Weak};
 
     const HUGE: usize = 2 << 20;
-    /// Where a buffer begins.
+    /// The alignment of a buffer.
     const PAGE: usize = 4096;
-    /// Bytes of a mapping that buffers share; what none needs is not touched, and takes no memory.
+    /// Bytes of a mapping that buffers share. Pages that no buffer uses are never touched, so they take no memory.
     const SHARED: usize = 64 << 20;
 
     /// A mapping, until the last buffer in it is dropped.
@@ -88,15 +88,15 @@ mod slab {
         start: NonNull<u8>,
     }
 
-    // SAFETY: an address that only `drop` hands back to the system
+    // SAFETY: an address that only `drop` returns to the system
     unsafe impl Send for Slab {}
-    // SAFETY: as above
+    // SAFETY: as for `Send`
     unsafe impl Sync for Slab {}
 
-    /// The mapping that buffers are cut from now, and the bytes that it has given.
+    /// The mapping that buffers are currently cut from, and the bytes that are used.
     static CURRENT: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
 
-    /// Fresh bytes, and what keeps them, where the system has them.
+    /// Fresh bytes and the slab that keeps them, if the system has memory.
     pub(super) fn take(len: usize) -> Option<(Arc<Slab>, NonNull<u8>)> {
         if len > SHARED / 2 {
             let slab = Slab::new(len)?;
@@ -112,7 +112,7 @@ mod slab {
                 slab
             }
         };
-        // SAFETY: the slab has `SHARED` bytes, of which nobody was given these
+        // SAFETY: the slab has `SHARED` bytes, and those from `current.1` on belong to no buffer yet
         let start = unsafe { slab.start.add(current.1) };
         current.1 += len.next_multiple_of(PAGE);
         Some((slab, start))
@@ -121,7 +121,7 @@ mod slab {
     impl Slab {
         fn new(len: usize) -> Option<Self> {
             let bytes = len + HUGE;
-            // SAFETY: a new private mapping; nothing else refers to it
+            // SAFETY: a new private mapping, which replaces no other because the address is null
             let mapped = unsafe {
                 let (read_write, private) =
                     (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -129,25 +129,25 @@ mod slab {
             };
             let start = mapped.cast::<u8>().wrapping_add(mapped.cast::<u8>().align_offset(HUGE));
             let start = NonNull::new(start).filter(|_| mapped != libc::MAP_FAILED)?;
-            // SAFETY: inside the mapping above; advice that the system may refuse
+            // SAFETY: these bytes are inside the mapping above; the system may ignore the advice
             unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
             Some(Self { mapped, bytes, start })
         }
 
-        /// The memory of a buffer goes back to the system at once, its addresses with the last buffer.
+        /// Returns the memory of a buffer to the system at once. Its addresses are returned with the last buffer.
         ///
         /// # Safety
-        /// The bytes are what [`take`] gave, and nobody uses them any more.
+        /// The bytes are those that [`take`] returned, and are no longer used.
         pub(super) unsafe fn give_back(&self, start: NonNull<u8>, len: usize) {
             debug_assert!(start >= self.start);
-            // SAFETY: whole pages of the mapping, which are the buffer's alone
+            // SAFETY: `take` hands out whole pages, so no other buffer has a part of these
             unsafe { libc::madvise(start.as_ptr().cast(), len.next_multiple_of(PAGE), libc::MADV_DONTNEED) };
         }
     }
 
     impl Drop for Slab {
         fn drop(&mut self) {
-            // SAFETY: `new` mapped exactly this, and no buffer is left in it
+            // SAFETY: `new` mapped exactly these bytes, and every buffer in them held a reference to this slab
             unsafe { libc::munmap(self.mapped, self.bytes) };
         }
     }
@@ -183,7 +183,7 @@ mod tests {
             for len in [0, 1, LINE, LARGE - 1, LARGE, LARGE + 1, 3 << 20, 33 << 20, 40 << 20] {
                 let buffer = Buffer::new(len);
                 assert!(buffer.ptr().addr().is_multiple_of(LINE) && buffer.len() == len);
-                // SAFETY: its own bytes
+                // SAFETY: the buffer has `len` bytes, which nothing else refers to
                 let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.ptr(), len) };
                 assert!(bytes.iter().all(|&x| x == 0), "{len}");
                 bytes.fill(kept.len() as u8 + 1);
@@ -192,7 +192,7 @@ mod tests {
             kept.retain(|buffer| buffer.len() % 2 == usize::from(round) % 2);
         }
         for buffer in &kept {
-            // SAFETY: as above
+            // SAFETY: the buffer has these bytes, which nothing else refers to
             let bytes = unsafe { std::slice::from_raw_parts(buffer.ptr(), buffer.len()) };
             assert!(bytes.windows(2).all(|pair| pair[0] == pair[1] && pair[0] > 0));
         }

@@ -1,11 +1,11 @@
-//! Half the error function in pieces, for vectors that look their coefficients up: `E(x) = Φ(x) − ½ = ½ erf(x/√2)`.
+//! Half the error function, `E(x) = Φ(x) − ½ = ½ erf(x/√2)`, in pieces whose coefficients a vector instruction looks up.
 
-/// Pieces of `x ≥ 0`, as many as a vector of AVX-512 has lanes. The last is ½: from where it begins, what is missing of
-/// it is less than half the last bit of an f32.
+/// Pieces of `x ≥ 0`, as many as a vector of AVX-512 has lanes. The last is the constant ½, from which `E` differs there by less
+/// than half the last bit of an f32.
 pub(crate) const PIECES: usize = 16;
 /// Width of a piece.
 pub(crate) const WIDTH: f32 = 0.375;
-/// Coefficients of a piece; its polynomial is off by at most 5e-9.
+/// Coefficients of a piece, whose polynomial is within 5e-9.
 pub(crate) const COEFFICIENTS: usize = 6;
 
 /// `[power of u][piece]`, for `x = (piece + u) · WIDTH`.
@@ -27,9 +27,9 @@ const fn table() -> [[f32; PIECES]; COEFFICIENTS] {
     table
 }
 
-/// The polynomial through six points of a piece, by powers of `u`.
+/// The polynomial through six points of a piece, in powers of `u`.
 const fn interpolate(piece: f64) -> [f64; COEFFICIENTS] {
-    // where Chebyshev's polynomial of degree 6 is zero, moved to 0 … 1
+    // the zeros of Chebyshev's polynomial of degree 6, moved to 0 … 1
     let nodes = [
         0.01703708685546585,
         0.1464466094067262,

@@ -1,303 +1,73 @@
-//! The linear layer: blocks of rows times panels of columns, with everything that follows fused behind the product.
+//! The linear layer: blocks of rows times panels of columns, and the epilogue fused behind each product.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
-use super::kernel::Entered;
-use super::pack::{Acts, CHUNK_BYTES, Elements, Linear, Product, Rows, Shape, Strips, pack_panel};
-use super::simd::{Op, Simd, gelu_for_bf16, gelu_tanh, quick_gelu, relu, silu};
+use super::math::{gelu_for_bf16, gelu_tanh, quick_gelu, relu, silu};
+use super::multiply::{Blocking, Multiply, SIDE_BY_SIDE, Scales};
+use super::packed::PackedLinear;
+use super::product::{Epilogue, Product};
+use super::shape::{CHUNK_BYTES, Elements, Shape};
+use super::simd::{Op, Simd};
+use super::tiles::{Acts, ActsRow, Rows, Strips};
 use crate::Activation;
 
-/// A way to multiply: an instruction set and the elements it multiplies.
-pub(crate) trait Multiply: Copy + Send + Sync + 'static {
-    /// The instruction set of everything but the product.
-    type S: Simd;
-    /// How attention multiplies.
-    type Attention: Multiply<S = Self::S>;
-    /// How both sides lie in memory.
-    const SHAPE: Shape;
-    /// Chunks that a product takes at once.
-    const DEPTH: usize;
-    /// How a job is cut.
-    const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: 4 };
-    /// Queries that attention takes at once.
-    const QUERIES: usize;
-    /// Whether attention reads [`Strips`], whose rows are those of a chunk.
-    const STRIPS: bool = false;
-    /// Whether the product calls what follows it, between its own steps: sums are still near, and where it runs in a unit of
-    /// its own, the vector unit would otherwise wait meanwhile.
-    const FOLLOWS: bool = false;
-
-    fn simd(self) -> Self::S;
-    fn attention(self) -> Self::Attention;
-    /// Prepares the thread that calls.
-    fn enter(self) -> Option<Entered> {
-        None
-    }
-    /// # Safety
-    /// As [`Product`] says, for this shape.
-    unsafe fn product(self, product: &Product<'_>);
-
-    /// What the product left at `sum` in a row of the job → the layer's output, before its activation, a vector.
-    ///
-    /// # Safety
-    /// `sum` is valid for reading a vector, `bias` for one of the layer's biases; the job has the row.
-    #[inline(always)]
-    unsafe fn output(s: Self::S, _: Scales, _row: usize, sum: *const f32, bias: *const f32) -> <Self::S as Simd>::F {
-        // SAFETY: the caller's
-        unsafe { s.add(s.load(sum), s.load(bias)) }
-    }
-
-    /// Packs a panel whose columns are rows of a matrix in f32: of weights, and Kᵀ.
-    ///
-    /// # Safety
-    /// `from` is valid for reading a panel's columns as rows of `stride` values, `chunks` chunks of each, `to` for
-    /// writing as many chunks of a panel.
-    #[inline(always)]
-    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
-        unsafe { pack_panel(Self::SHAPE, from, stride, chunks, to) }
-    }
-
-    /// As [`pack_columns`](Self::pack_columns), from `rows` rows of strips that begin at `from`; the columns behind are
-    /// zero. Of kernels that read [`STRIPS`](Self::STRIPS).
-    ///
-    /// # Safety
-    /// `from` is valid for reading `rows` rows of `chunks` strips, and of as many planes; otherwise as for `pack_columns`.
-    #[inline(always)]
-    unsafe fn pack_strip_columns(self, _: Strips, _from: *const u8, _rows: usize, _chunks: usize, _to: *mut u8) {
-        unreachable!("this kernel's attention reads f32")
-    }
-
-    /// As [`pack_rows`](Self::pack_rows), from `rows` rows of a strip. Of kernels that read [`STRIPS`](Self::STRIPS).
-    ///
-    /// # Safety
-    /// `from` is valid for reading `rows` rows, and of as many planes; otherwise as for `pack_rows`.
-    #[inline(always)]
-    unsafe fn pack_strip_rows(self, _: Strips, _from: *const u8, _rows: usize, _to: *mut u8) {
-        unreachable!("this kernel's attention reads f32")
-    }
-
-    /// Packs one chunk of a panel whose rows are rows of a matrix in f32: V. Rows from `rows` on are zero.
-    ///
-    /// # Safety
-    /// `from` is valid for reading `rows` rows of `stride` values from which a panel's columns are taken, `to` for
-    /// writing a chunk of a panel. The default is for [`Elements::F32`].
-    #[inline(always)]
-    unsafe fn pack_rows(self, from: *const f32, stride: usize, rows: usize, to: *mut u8) {
-        let (s, Shape { cols, run, .. }) = (self.simd(), Self::SHAPE);
-        for row in 0..Self::SHAPE.elements.chunk() {
-            for column in (0..cols).step_by(Self::S::LANES) {
-                // SAFETY: the caller's
-                unsafe {
-                    let to = to.cast::<f32>().add((column / run * 16 + row) * run + column % run);
-                    let x = if row < rows { s.load(from.add(row * stride + column)) } else { s.splat(0.0) };
-                    s.store(to, x);
-                }
-            }
-        }
-    }
-}
-
-/// Where the scales of a product of bytes are.
-#[derive(Clone, Copy)]
-pub(crate) struct Scales {
-    /// What the layer reads, with a scale for each row.
-    pub(crate) from: Acts,
-    /// See [`Linear::padded`].
-    pub(crate) padded: usize,
-}
-
-/// How a job of a linear layer is cut, so that what is read again stays in a cache near the core.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Blocking {
-    /// `DEPTH` chunks of some rows stay in the second-level cache while a few panels pass by, then the next ones.
-    Chunks { rows: usize, panels: usize },
-    /// Rows of all their chunks stay there, at most `most`, while panels pass by one by one. Where so many are larger than
-    /// `bytes`, the sums of many panels stay there instead, of `least` rows at least, while chunks pass by.
-    Rows { bytes: usize, least: usize, most: usize },
-}
-
-/// The most panels whose sums lie beside each other, under [`Blocking::Rows`].
-const SIDE_BY_SIDE: usize = 24;
-
-impl Blocking {
-    /// Rows of sums that a unit needs.
-    const fn sums(self, tile: usize) -> usize {
-        match self {
-            Self::Chunks { rows, panels } => panels * (rows + 2 * tile + 32),
-            Self::Rows { most, .. } => SIDE_BY_SIDE * (most + 32),
-        }
-    }
-}
-
-/// f32 on both sides.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct F32<S>(pub(crate) S);
-
-impl<S: Simd> Multiply for F32<S> {
-    type S = S;
-    type Attention = Self;
-    const SHAPE: Shape = Shape { elements: Elements::F32, tile: S::TILE, cols: S::COLS, run: S::RUN };
-    const DEPTH: usize = S::DEPTH;
-    const QUERIES: usize = S::BLOCK;
-    const BLOCKING: Blocking = Blocking::Chunks { rows: 216, panels: S::PANELS };
-    const STRIPS: bool = S::STRIPS;
-    const FOLLOWS: bool = S::FOLLOWS;
-
-    #[inline(always)]
-    fn simd(self) -> S {
-        self.0
-    }
-
-    fn attention(self) -> Self {
-        self
-    }
-
-    #[inline(always)]
-    unsafe fn product(self, product: &Product<'_>) {
-        // SAFETY: the caller's
-        unsafe { self.0.product(product) }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
-        unsafe { self.0.pack_columns(from, stride, chunks, to) }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_strip_columns(self, strips: Strips, from: *const u8, rows: usize, chunks: usize, to: *mut u8) {
-        for chunk in 0..chunks {
-            // SAFETY: the caller's; a row of a strip is a chunk of a column
-            unsafe {
-                let from = from.add(chunk * strips.strip).cast::<f32>();
-                let to = to.add(chunk * S::COLS * CHUNK_BYTES);
-                if rows < S::COLS {
-                    let mut columns = [0f32; 16 * WIDEST];
-                    from.copy_to_nonoverlapping(columns.as_mut_ptr(), rows * 16);
-                    self.0.pack_columns(columns.as_ptr(), 16, 1, to);
-                } else {
-                    self.0.pack_columns(from, 16, 1, to);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_strip_rows(self, strips: Strips, from: *const u8, rows: usize, to: *mut u8) {
-        for column in (0..S::COLS).step_by(S::LANES) {
-            let (run, strip) = (column / S::RUN * S::RUN * 16 + column % S::RUN, column / 16 * strips.strip);
-            for row in 0..16 {
-                // SAFETY: the caller's
-                unsafe {
-                    let from = from.wrapping_add(strip + row * CHUNK_BYTES).cast::<f32>().wrapping_add(column % 16);
-                    let x = if row < rows { self.0.load(from) } else { self.0.splat(0.0) };
-                    self.0.store(to.cast::<f32>().add(run + row * S::RUN), x);
-                }
-            }
-        }
-    }
-}
-
-/// The most columns of a panel.
-const WIDEST: usize = 64;
-
-/// Weights in bf16, widened as they come, which halves their memory where there is no dot product in bf16.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Widened<S>(pub(crate) S);
-
-impl<S: Simd> Multiply for Widened<S> {
-    type S = S;
-    type Attention = F32<S>;
-    const SHAPE: Shape = Shape { elements: Elements::Widened, ..F32::<S>::SHAPE };
-    const DEPTH: usize = 12;
-    const QUERIES: usize = S::BLOCK;
-
-    #[inline(always)]
-    fn simd(self) -> S {
-        self.0
-    }
-
-    fn attention(self) -> F32<S> {
-        F32(self.0)
-    }
-
-    #[inline(always)]
-    unsafe fn product(self, product: &Product<'_>) {
-        // SAFETY: the caller's; `linear` has widened the panel
-        unsafe { self.0.product(product) }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        let mut wide = [0f32; 16 * WIDEST];
-        let wide = &mut wide[..16 * S::COLS];
-        for chunk in 0..chunks {
-            // SAFETY: the caller's; `wide` is a chunk of a panel in f32
-            unsafe {
-                self.0.pack_columns(from.add(chunk * 16), stride, 1, wide.as_mut_ptr().cast());
-                let to = to.cast::<u16>().add(chunk * wide.len());
-                for at in (0..wide.len()).step_by(S::LANES) {
-                    self.0.store_bf16(to.add(at), self.0.load(wide.as_ptr().add(at)));
-                }
-            }
-        }
-    }
-}
-
-/// What follows a product, before anything is written.
+/// What is added to a result before it is written.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Add {
-    /// Nothing.
     Nothing,
-    /// What stands where the result goes: the residual.
+    /// The previous values of the rows that are written: the residual.
     Residual,
-    /// Row `i % period` of these, if any; the result goes to row `i / period · stride + first + i % period`.
-    Position { rows: Option<Rows>, period: usize, stride: usize, first: usize },
+    /// Row `i % period` of these, if any. The result is written to row `i / period · stride + first + i % period`.
+    Position {
+        rows: Option<Rows>,
+        period: usize,
+        stride: usize,
+        first: usize,
+    },
 }
 
-/// Where a result goes.
+/// Where a linear layer writes its result.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum To {
-    /// To f32 rows.
+pub(crate) enum LinearTo {
     Rows(Rows, Add),
-    /// To strips, for attention.
+    /// For attention.
     Strips(Strips),
-    /// To tiles, for the next product.
+    /// For the next product.
     Acts(Acts),
 }
 
-/// `to = act(W a + b)`, of a gated layer `act(gate) · value`, and what [`Add`] says.
-pub(crate) struct Job<'a> {
-    pub(crate) linear: &'a Linear,
-    pub(crate) from: Acts,
-    pub(crate) rows: usize,
-    pub(crate) act: Option<Activation>,
-    pub(crate) to: To,
+/// `to = act(W a + b)`, in a gated layer `act(gate) · value`, plus what [`Add`] says.
+pub(crate) struct LinearJob<'a> {
+    linear: &'a PackedLinear,
+    from: Acts,
+    rows: usize,
+    act: Option<Activation>,
+    to: LinearTo,
 }
 
-/// How a job is cut in units, and how a unit runs.
+/// How a job is cut into units, and how a unit runs.
 struct Plan {
     /// Rows of a unit.
     block: usize,
     /// Panels of a unit.
     group: usize,
-    /// Chunks after which the next panel's turn comes.
+    /// Chunks that a panel multiplies before the unit moves on to the next panel.
     span: usize,
 }
 
 impl Plan {
-    /// For so many rows, `count` panels and `chunks` chunks of each.
+    /// A plan for `rows` rows, `count` panels and `chunks` chunks of each.
     fn new<M: Multiply>(rows: usize, count: usize, chunks: usize, threads: usize) -> Self {
         let tile = M::SHAPE.tile;
-        // the rows of each of so many blocks, whole tiles; or of as few blocks as `most` rows allow
+        // whole tiles; `even` cuts as few blocks as `most` rows allow
         let rows_of = |blocks: usize| rows.div_ceil(blocks).next_multiple_of(tile);
         let even = |most: usize| rows_of(rows.div_ceil(most).max(1));
         match M::BLOCKING {
             Blocking::Chunks { rows: most, panels } => {
                 let block = even(most);
                 let blocks = rows.div_ceil(block).max(1);
-                // fewer panels where threads would be left without work
+                // fewer panels per unit if threads would otherwise be idle
                 let group = (blocks * count / (2 * threads)).clamp(1, panels);
                 Self { block, group, span: M::DEPTH }
             }
@@ -306,8 +76,8 @@ impl Plan {
                 if rows.min(most) * row <= bytes {
                     return Self { block: even(most), group: 1, span: chunks };
                 }
-                // two units a thread at least, so that one that is slowed leaves some to the others: of all panels beside
-                // each other, if that can be, as rows are then read once
+                // at least two units per thread, so that others can take over the work of a slow one; as many panels per
+                // unit as possible, because a unit reads its rows once for all of them
                 let blocks = (2 * threads).clamp(rows.div_ceil(most), rows.div_ceil(least));
                 let block = rows_of(blocks);
                 let group = (rows.div_ceil(block) * count).div_ceil(2 * threads).clamp(1, SIDE_BY_SIDE);
@@ -327,13 +97,51 @@ impl Plan {
     }
 }
 
-impl Job<'_> {
+impl<'a> LinearJob<'a> {
+    /// # Panics
+    /// If the layer reads or writes outside its views, or its epilogue is a combination for which there is no code.
+    pub(crate) fn new(
+        linear: &'a PackedLinear,
+        from: Acts,
+        rows: usize,
+        act: Option<Activation>,
+        to: LinearTo,
+    ) -> Self {
+        assert!(from.shape() == linear.shape() && from.contains(rows, linear.k()), "a layer reads outside its input");
+        let width = linear.width();
+        let inside = match to {
+            LinearTo::Acts(acts) => acts.contains(rows, width) && acts.shape().is_written_by(linear.shape()),
+            LinearTo::Strips(strips) => strips.contains(rows, width),
+            LinearTo::Rows(to, Add::Nothing | Add::Residual) => to.contains(rows, width),
+            LinearTo::Rows(to, Add::Position { rows: added, period, stride, first }) => {
+                to.contains(rows.div_ceil(period).saturating_sub(1) * stride + first + period.min(rows), width)
+                    && added.is_none_or(|added| added.contains(period.min(rows), width))
+            }
+        };
+        assert!(inside, "a layer writes outside its output");
+        let job = Self { linear, from, rows, act, to };
+        assert!(
+            !job.is_bare() || act.is_none() && !linear.gated(),
+            "only a layer with neither activation nor gate adds to its result or writes strips"
+        );
+        job
+    }
+
+    /// Whether the job is one of those that have neither activation nor gate.
+    fn is_bare(&self) -> bool {
+        !matches!(self.to, LinearTo::Acts(_) | LinearTo::Rows(_, Add::Nothing))
+    }
+
+    pub(crate) fn linear(&self) -> &'a PackedLinear {
+        self.linear
+    }
+
     fn plan<M: Multiply>(&self, threads: usize) -> Plan {
         Plan::new::<M>(self.rows, self.linear.count(), self.linear.chunks(), threads)
     }
 
-    /// Independent parts of the job. Each value is computed in one of them, in an order that does not depend on how many
-    /// there are, so that results are the same for any number of threads.
+    /// Number of independent units. Each value is computed in one unit, in an order that does not depend on the number of
+    /// units, so results are the same for any number of threads.
     pub(crate) fn units<M: Multiply>(&self, threads: usize) -> usize {
         let Plan { block, group, .. } = self.plan::<M>(threads);
         self.rows.div_ceil(block) * self.linear.count().div_ceil(group)
@@ -345,40 +153,22 @@ pub(crate) const fn scratch_bytes<M: Multiply>() -> usize {
     (M::BLOCKING.sums(M::SHAPE.tile) + 16 * M::DEPTH) * M::SHAPE.cols * size_of::<f32>()
 }
 
-/// A panel of weights to be packed, as [`Kernel::pack`](super::kernel::Kernel::pack) says.
-pub(crate) struct Packing<M> {
-    pub(crate) multiply: M,
-    pub(crate) from: *const f32,
-    pub(crate) stride: usize,
-    pub(crate) chunks: usize,
-    pub(crate) to: *mut u8,
-}
-
-impl<M: Multiply> Op<M::S> for Packing<M> {
-    type Out = ();
-
-    #[inline(always)]
-    fn call(self, _: M::S) {
-        // SAFETY: as whoever made it has promised
-        unsafe { self.multiply.pack_columns(self.from, self.stride, self.chunks, self.to) }
-    }
-}
-
 /// One unit of a job.
-pub(crate) struct Unit<'a, M> {
+///
+/// # Safety of [`Op::call`]
+/// `scratch` is valid for [`scratch_bytes`] bytes that only this thread uses, the thread has entered the kernel, and no other
+/// thread writes the job's input or accesses the part of its output that belongs to this unit.
+pub(crate) struct LinearUnit<'a, M> {
     pub(crate) multiply: M,
-    pub(crate) job: &'a Job<'a>,
+    pub(crate) job: &'a LinearJob<'a>,
     pub(crate) unit: usize,
     pub(crate) threads: usize,
-    /// [`scratch_bytes`], this thread's own.
     pub(crate) scratch: *mut f32,
 }
 
-impl<M: Multiply> Op<M::S> for Unit<'_, M> {
-    type Out = ();
-
+impl<M: Multiply> Op<M::S> for LinearUnit<'_, M> {
     #[inline(always)]
-    fn call(self, s: M::S) {
+    unsafe fn call(self, s: M::S) {
         let Self { multiply, job, unit, threads, scratch } = self;
         let (shape, linear) = (M::SHAPE, job.linear);
         let plan = job.plan::<M>(threads);
@@ -396,14 +186,16 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
             let end = all.min(start + span);
             for panel in panels.clone() {
                 let finish: Finish<'_, M> = Finish { _multiply: PhantomData, job, panel, row, sums: sums(panel) };
-                // SAFETY: what is finished is complete, and no other unit writes these rows and columns
-                let follow = |rows| s.run(FinishRows { finish: &finish, rows });
+                // SAFETY: `Epilogue::run` is called for rows of this unit whose sums are complete, and the caller promises
+                // that nothing else accesses where this unit writes
+                let follow = |rows| unsafe { s.run(FinishRows { finish: &finish, rows }) };
+                let epilogue = Epilogue::new(&follow);
                 for chunk in (start..end).step_by(M::DEPTH) {
                     let chunks = M::DEPTH.min(end - chunk);
                     let (a, a_tile, a_low) = job.from.left(row, chunk);
                     let mut b = linear.panel(panel, chunk);
                     if shape.elements == Elements::Widened {
-                        // SAFETY: the panel has these chunks, and the scratch room for DEPTH of them
+                        // SAFETY: the panel has these chunks, and the caller's scratch has room for `DEPTH` of them
                         unsafe { widen(s, b.cast(), wide, chunks * 16 * shape.cols) };
                         b = wide.cast();
                     }
@@ -428,14 +220,15 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
                         accumulate: chunk > 0,
                         next: linear.panel(next.0, next.1),
                         next_bytes: chunks * shape.cols * shape.elements.column_bytes(),
-                        follow: if M::FOLLOWS && chunk + chunks == all { Some(&follow) } else { None },
+                        follow: (M::FOLLOWS && chunk + chunks == all).then_some(epilogue),
                     };
-                    // SAFETY: `from` has the job's rows in whole tiles and K in whole chunks, so has the panel; the sums
-                    // of a group fit the scratch
+                    // SAFETY: `LinearJob::new` has checked that `from` contains the rows, in whole tiles, and the chunks,
+                    // as the panel does; the assertion above, that the sums fit the caller's scratch
                     unsafe { multiply.product(&product) };
                 }
                 if !M::FOLLOWS && end == all {
-                    follow(0..rows);
+                    // SAFETY: all chunks of the unit's rows are multiplied, and no product has run the epilogue
+                    unsafe { epilogue.run(0..rows) };
                 }
             }
         }
@@ -449,18 +242,17 @@ impl<M: Multiply> Op<M::S> for Unit<'_, M> {
 #[inline(always)]
 unsafe fn widen<S: Simd>(s: S, from: *const u16, to: *mut f32, len: usize) {
     for i in (0..len).step_by(S::LANES) {
-        // SAFETY: the caller's
+        // SAFETY: the caller's pointers are valid for `len` values, of which this is a whole vector
         unsafe { s.store(to.add(i), s.load_bf16(from.add(i))) };
     }
 }
 
-/// An activation. Not a closure, as those that stand in several places are not inlined, and then not compiled for the
-/// instruction set.
+/// An activation. A type instead of a closure, because a closure that is called from several places is not inlined, and then
+/// not compiled for the instruction set.
 trait Act<S: Simd> {
     fn call(s: S, x: S::F) -> S::F;
 }
 
-/// Types for the activations.
 macro_rules! acts {
     ($($name:ident: |$s:ident, $x:ident| $body:expr;)*) => {$(
         struct $name;
@@ -488,28 +280,30 @@ acts! {
 #[derive(Clone, Copy)]
 struct Finish<'a, M> {
     _multiply: PhantomData<M>,
-    job: &'a Job<'a>,
+    job: &'a LinearJob<'a>,
     panel: usize,
     /// The unit's first row.
     row: usize,
     sums: *const f32,
 }
 
-/// The end of some of its rows. They hold their product, and nothing else refers to where the results go.
+/// The end of a unit for some of its rows.
+///
+/// # Safety of [`Op::call`]
+/// The sums of these rows are complete, and no other thread accesses where their results are written.
 struct FinishRows<'a, M> {
     finish: &'a Finish<'a, M>,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 }
 
 impl<M: Multiply> Op<M::S> for FinishRows<'_, M> {
-    type Out = ();
-
     #[inline(always)]
-    fn call(self, s: M::S) {
+    unsafe fn call(self, s: M::S) {
         let Self { finish, rows } = self;
-        // SAFETY: as `FinishRows` says
+        // SAFETY: `run` asks for the same
         unsafe {
             match finish.job.act {
+                None if finish.job.is_bare() => finish.run_bare(s, rows),
                 None => finish.run::<Identity>(s, rows),
                 Some(Activation::Gelu) if M::SHAPE.elements.rounds() => finish.run::<GeluForBf16>(s, rows),
                 Some(Activation::Gelu) => finish.run::<Gelu>(s, rows),
@@ -522,78 +316,121 @@ impl<M: Multiply> Op<M::S> for FinishRows<'_, M> {
     }
 }
 
-/// # Safety of every function
-/// As [`FinishRows`] says.
 impl<M: Multiply> Finish<'_, M> {
-    /// Row by row, everything that follows the product.
+    /// Row by row, everything that follows the product of a layer that adds nothing to its result.
+    ///
+    /// # Safety
+    /// What [`FinishRows`] asks for.
     #[inline(always)]
-    unsafe fn run<A: Act<M::S>>(&self, s: M::S, rows: std::ops::Range<usize>) {
-        let (Self { job, panel, row, sums, .. }, shape) = (*self, M::SHAPE);
-        // copies, which no store of a result can change: they stay in registers
-        let Job { linear, from, to, .. } = *job;
-        let scales = Scales { from, padded: linear.padded() };
-        let (bias, gated) = (linear.bias(panel), linear.gated);
-        let values = Values::<M> { _multiply: PhantomData, sums, bias, gated, scales, row };
-        let width = if linear.gated { shape.cols / 2 } else { shape.cols };
-        let (first, lanes) = (panel * width, M::S::LANES);
-        // SAFETY: the caller's
+    unsafe fn run<A: Act<M::S>>(&self, s: M::S, rows: Range<usize>) {
+        let (Self { job, row, .. }, shape, lanes) = (*self, M::SHAPE, M::S::LANES);
+        let (values, first) = self.values();
+        // SAFETY: `LinearJob::new` has checked that `to` contains the job's rows and columns; the caller promises that the sums
+        // are complete and that nothing else accesses these rows and columns
         unsafe {
-            match to {
-                To::Acts(acts) if width.is_multiple_of(2 * lanes) => {
+            match (job.to, job.linear.gated()) {
+                (LinearTo::Acts(acts), false) => {
                     for i in rows {
-                        let to = acts.row_of(shape.tile, row + i);
-                        for j in (0..width).step_by(2 * lanes) {
-                            let (x, y) = (values.at::<A>(s, i, j), values.at::<A>(s, i, j + lanes));
+                        let to = Self::row_of(acts, row + i);
+                        for j in (0..shape.cols).step_by(2 * lanes) {
+                            let (x, y) = (values.at::<A, false>(s, i, j), values.at::<A, false>(s, i, j + lanes));
                             to.put_pair(s, first + j, x, y);
                         }
                     }
                 }
-                To::Acts(acts) => {
+                (LinearTo::Acts(acts), true) => {
                     for i in rows {
-                        let to = acts.row_of(shape.tile, row + i);
-                        for j in (0..width).step_by(lanes) {
-                            to.put(s, first + j, values.at::<A>(s, i, j));
+                        let to = Self::row_of(acts, row + i);
+                        for j in (0..shape.cols / 2).step_by(lanes) {
+                            to.put(s, first + j, values.at::<A, true>(s, i, j));
                         }
                     }
                 }
-                To::Strips(strips) => {
+                (LinearTo::Rows(to, _), false) => {
+                    for i in rows {
+                        let to = to.row(row + i).add(first);
+                        for j in (0..shape.cols).step_by(lanes) {
+                            s.store(to.add(j), values.at::<A, false>(s, i, j));
+                        }
+                    }
+                }
+                (LinearTo::Rows(to, _), true) => {
+                    for i in rows {
+                        let to = to.row(row + i).add(first);
+                        for j in (0..shape.cols / 2).step_by(lanes) {
+                            s.store(to.add(j), values.at::<A, true>(s, i, j));
+                        }
+                    }
+                }
+                (LinearTo::Strips(_), _) => unreachable!("strips are written by `run_bare`"),
+            }
+        }
+    }
+
+    /// Row by row, everything that follows the product of a layer with neither activation nor gate.
+    ///
+    /// # Safety
+    /// What [`FinishRows`] asks for.
+    #[inline(always)]
+    unsafe fn run_bare(&self, s: M::S, rows: Range<usize>) {
+        let (Self { job, row, .. }, shape, lanes) = (*self, M::SHAPE, M::S::LANES);
+        let (values, first) = self.values();
+        let columns = || (0..shape.cols).step_by(lanes);
+        // SAFETY: `LinearJob::new` has checked that `to` contains the job's rows and columns; the caller promises that the sums
+        // are complete and that nothing else accesses these rows and columns
+        unsafe {
+            match job.to {
+                LinearTo::Strips(strips) => {
                     let top = strips.row_of(M::Attention::SHAPE.elements, row, first);
                     for i in rows {
                         let to = top.below(i);
-                        for j in (0..width).step_by(2 * lanes) {
-                            to.put_pair(s, j, values.at::<A>(s, i, j), values.at::<A>(s, i, j + lanes));
+                        for j in (0..shape.cols).step_by(2 * lanes) {
+                            let x = values.at::<Identity, false>(s, i, j);
+                            to.put_pair(s, j, x, values.at::<Identity, false>(s, i, j + lanes));
                         }
                     }
                 }
-                To::Rows(to, Add::Nothing) => {
+                LinearTo::Rows(to, Add::Residual) => {
                     for i in rows {
                         let to = to.row(row + i).add(first);
-                        for j in (0..width).step_by(lanes) {
-                            s.store(to.add(j), values.at::<A>(s, i, j));
+                        for j in columns() {
+                            let x = values.at::<Identity, false>(s, i, j);
+                            s.store(to.add(j), s.add(x, s.load(to.add(j))));
                         }
                     }
                 }
-                To::Rows(to, Add::Residual) => {
-                    for i in rows {
-                        let to = to.row(row + i).add(first);
-                        for j in (0..width).step_by(lanes) {
-                            s.store(to.add(j), s.add(values.at::<A>(s, i, j), s.load(to.add(j))));
-                        }
-                    }
-                }
-                To::Rows(to, Add::Position { rows: positions, period, stride, first: first_row }) => {
+                LinearTo::Rows(to, Add::Position { rows: positions, period, stride, first: first_row }) => {
                     for i in rows {
                         let (image, at) = ((row + i) / period, (row + i) % period);
                         let to = to.row(image * stride + first_row + at).add(first);
                         let position = positions.map(|rows| rows.row(at).add(first));
-                        for j in (0..width).step_by(lanes) {
-                            let x = values.at::<A>(s, i, j);
+                        for j in columns() {
+                            let x = values.at::<Identity, false>(s, i, j);
                             s.store(to.add(j), position.map_or(x, |position| s.add(x, s.load(position.add(j)))));
                         }
                     }
                 }
+                LinearTo::Acts(_) | LinearTo::Rows(_, Add::Nothing) => unreachable!("these are written by `run`"),
             }
         }
+    }
+
+    /// A row that the job writes: of the kernel's own elements, unless these are integers.
+    #[inline(always)]
+    fn row_of(acts: Acts, row: usize) -> ActsRow {
+        let Shape { tile, elements, .. } = M::SHAPE;
+        acts.row_of(tile, if elements == Elements::Int8 { acts.shape().elements } else { elements }, row)
+    }
+
+    /// The values of the panel, and the first column that they are written to.
+    #[inline(always)]
+    fn values(&self) -> (Values<M>, usize) {
+        let Self { job, panel, row, sums, .. } = *self;
+        // copies, which the compiler knows that no store of a result changes, so they stay in registers
+        let scales = Scales { from: job.from, padded: job.linear.padded() };
+        let bias = job.linear.bias(panel).cast_const();
+        let width = if job.linear.gated() { M::SHAPE.cols / 2 } else { M::SHAPE.cols };
+        (Values { _multiply: PhantomData, sums, bias, scales, row }, panel * width)
     }
 }
 
@@ -602,7 +439,6 @@ struct Values<M> {
     _multiply: PhantomData<M>,
     sums: *const f32,
     bias: *const f32,
-    gated: bool,
     scales: Scales,
     /// The unit's first row.
     row: usize,
@@ -617,17 +453,17 @@ impl<M> Clone for Values<M> {
 impl<M> Copy for Values<M> {}
 
 impl<M: Multiply> Values<M> {
-    /// `act(sum + bias)`, of a gated layer `act(gate) · value`: a vector of one row.
+    /// A vector of a row of `act(sum + bias)`, in a gated layer of `act(gate) · value`.
     ///
     /// # Safety
-    /// The row's sums are complete, the columns inside the panel.
+    /// The row's sums are complete, and the vector's columns are inside the panel.
     #[inline(always)]
-    unsafe fn at<A: Act<M::S>>(self, s: M::S, i: usize, j: usize) -> <M::S as Simd>::F {
-        // SAFETY: the caller's
+    unsafe fn at<A: Act<M::S>, const GATED: bool>(self, s: M::S, i: usize, j: usize) -> <M::S as Simd>::F {
+        // SAFETY: the caller promises that the row and the columns are inside the sums, and so inside the biases
         unsafe {
             let (sum, bias) = (self.sums.add(i * M::SHAPE.cols + j), self.bias.add(j));
             let x = A::call(s, M::output(s, self.scales, self.row + i, sum, bias));
-            if !self.gated {
+            if !GATED {
                 return x;
             }
             let width = M::SHAPE.cols / 2;
@@ -636,13 +472,11 @@ impl<M: Multiply> Values<M> {
     }
 }
 
-const _: () = assert!(CHUNK_BYTES == 64);
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Over the rows of batches, and layers from the smallest to those of giants.
+    /// For many numbers of rows, and for layers from the smallest to those of ViT-giant.
     fn fits<M: Multiply>(name: &str) {
         let chunk = M::SHAPE.elements.chunk();
         for rows in (1..600).chain((600..6000).step_by(37)).chain([2056]) {
@@ -660,6 +494,7 @@ mod tests {
 
     #[test]
     fn no_unit_outgrows_its_scratch() {
+        use super::super::multiply::F32;
         use super::super::portable::Portable;
         fits::<F32<Portable>>("portable");
         #[cfg(target_arch = "x86_64")]
@@ -674,7 +509,7 @@ mod tests {
             use super::super::{amx, int8};
             fits::<amx::Tiled<amx::Registers, false>>("amx, bf16");
             fits::<amx::Tiled<amx::Registers, true>>("amx, bf16x3");
-            fits::<int8::Tiled<amx::Registers>>("amx, int8");
+            fits::<int8::tiled::Tiled<amx::Registers>>("amx, int8");
         }
     }
 }

@@ -1,14 +1,17 @@
 //! LayerNorm and RMSNorm over rows.
 
+use std::ops::Range;
+
 use super::buffer::Buffer;
-use super::pack::{Acts, Rows, vector};
 use super::simd::{Op, Simd};
-use crate::{Config, NormKind, Result, Weights};
+use super::tensors::vector;
+use super::tiles::{Acts, Rows};
+use crate::{NormKind, Result, Weights, layers};
 
 /// A norm's weight and bias.
 #[derive(Debug)]
 pub(crate) struct Norm {
-    pub(crate) dim: usize,
+    dim: usize,
     kind: NormKind,
     eps: f32,
     /// The weight, then the bias, each padded with zeros to whole vectors.
@@ -18,30 +21,34 @@ pub(crate) struct Norm {
 const PAD: usize = 64;
 
 impl Norm {
-    pub(crate) fn read(config: &Config, weights: &dyn Weights, name: &str, dim: usize) -> Result<Self> {
+    /// # Errors
+    /// A tensor that is missing, of another length, or not finite.
+    pub(crate) fn read(layer: &layers::Norm, weights: &dyn Weights) -> Result<Self> {
+        let layers::Norm { ref name, width: dim, kind, eps } = *layer;
         let values = Buffer::new(2 * dim.next_multiple_of(PAD) * size_of::<f32>());
         let set = |name: &str, at: usize| -> Result<()> {
             let from = vector(weights, name, dim)?;
-            // SAFETY: the buffer has room for two padded vectors, and is ours alone
+            // SAFETY: the buffer has room for two padded vectors of `dim` values, and nothing else refers to it yet
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), values.ptr().cast::<f32>().add(at), dim) };
             Ok(())
         };
         set(&format!("{name}.weight"), 0)?;
-        if config.norm == NormKind::LayerNorm {
+        if kind == NormKind::LayerNorm {
             set(&format!("{name}.bias"), dim.next_multiple_of(PAD))?;
         }
-        Ok(Self { dim, kind: config.norm, eps: config.ln_eps as f32, values })
+        Ok(Self { dim, kind, eps: eps as f32, values })
     }
 
-    /// Norms one row; `put(column, vector)` gets whole vectors, the last with zeros beyond the row.
+    /// Norms one row. `put(column, vector)` gets whole vectors, of which the last has zeros beyond the row.
     ///
     /// # Safety
-    /// `row` is valid for reading `dim` values, and for whole vectors where `padded`.
+    /// `row` is valid for reading `dim` values.
     #[inline(always)]
     pub(crate) unsafe fn apply<S: Simd>(&self, s: S, row: *const f32, mut put: impl FnMut(usize, S::F)) {
         let whole = self.dim - self.dim % S::LANES;
         let mut tail = [0f32; 16];
-        // SAFETY: the caller's; `tail` is as long as the longest vector
+        // SAFETY: whole vectors are read inside the caller's row, and the rest from `tail`, which is as long as the longest
+        // vector; `values` has the weight and the bias, each padded to whole vectors
         unsafe {
             for (i, x) in tail.iter_mut().enumerate().take(self.dim - whole) {
                 *x = *row.add(whole + i);
@@ -80,7 +87,7 @@ impl Norm {
                 squares += (*row.add(i) - mean).powi(2);
             }
             let r = s.splat(1.0 / (squares / n + self.eps).sqrt());
-            // one loop, so that `put` stands in one place and is inlined
+            // one loop, because `put` is inlined only if it is called from one place
             let mut i = 0;
             while i < self.dim {
                 // the weight and bias of the padding are zero, and so is the result
@@ -94,32 +101,53 @@ impl Norm {
 }
 
 /// Norms a range of rows.
+///
+/// # Safety of [`Op::call`]
+/// No other thread writes the rows that are read or accesses the rows that are written.
 pub(crate) struct NormRows<'a> {
-    pub(crate) norm: &'a Norm,
-    pub(crate) from: Rows,
-    pub(crate) rows: std::ops::Range<usize>,
-    pub(crate) to: NormTo,
+    norm: &'a Norm,
+    from: Rows,
+    rows: Range<usize>,
+    to: NormTo,
 }
 
-/// Where normed rows go.
+/// Where normed rows are written.
 #[derive(Clone, Copy)]
 pub(crate) enum NormTo {
     /// To tiles, for a product.
     Acts(Acts),
-    /// To f32 rows, the same ones allowed.
+    /// To f32 rows, which may be the rows that are read.
     Rows(Rows),
-    /// To the rows of `0` that hold patches, and a row of `1` added: (period, stride, first) as in `linear::Add`.
-    Position(Rows, Option<Rows>, [usize; 3]),
+    /// To the rows of `to` that hold patches, with a row of `add` added, as [`Add::Position`](super::linear::Add::Position)
+    /// does.
+    Position { to: Rows, add: Option<Rows>, period: usize, stride: usize, first: usize },
+}
+
+impl<'a> NormRows<'a> {
+    /// # Panics
+    /// If one of the views does not contain the rows.
+    pub(crate) fn new(norm: &'a Norm, from: Rows, rows: Range<usize>, to: NormTo) -> Self {
+        let (end, dim) = (rows.end, norm.dim.next_multiple_of(16));
+        let inside = match to {
+            NormTo::Acts(acts) => acts.contains(end, norm.dim),
+            NormTo::Rows(to) => to.contains(end, dim),
+            NormTo::Position { to, add, period, stride, first } => {
+                to.contains(end.div_ceil(period).saturating_sub(1) * stride + first + period.min(end), dim)
+                    && add.is_none_or(|add| add.contains(period.min(end), dim))
+            }
+        };
+        assert!(inside && from.contains(end, norm.dim), "a norm reads or writes outside its views");
+        Self { norm, from, rows, to }
+    }
 }
 
 impl<S: Simd> Op<S> for NormRows<'_> {
-    type Out = ();
-
     #[inline(always)]
-    fn call(self, s: S) {
+    unsafe fn call(self, s: S) {
         for i in self.rows.clone() {
             let from = self.from.row(i);
-            // SAFETY: the plan's rows are inside their buffers, each is one unit's, and rows have room for whole vectors
+            // SAFETY: `new` has checked that the views contain the rows, which have room for whole vectors; the caller
+            // excludes other threads
             unsafe {
                 match self.to {
                     NormTo::Acts(acts) => {
@@ -127,8 +155,8 @@ impl<S: Simd> Op<S> for NormRows<'_> {
                         self.norm.apply(s, from, |column, x| to.put(s, column, x));
                     }
                     NormTo::Rows(rows) => self.norm.apply(s, from, |column, x| s.store(rows.row(i).add(column), x)),
-                    NormTo::Position(rows, add, [period, stride, first]) => {
-                        let to = rows.row(i / period * stride + first + i % period);
+                    NormTo::Position { to, add, period, stride, first } => {
+                        let to = to.row(i / period * stride + first + i % period);
                         self.norm.apply(s, from, |column, x| {
                             let x = add.map_or(x, |add| s.add(x, s.load(add.row(i % period).add(column))));
                             s.store(to.add(column), x);

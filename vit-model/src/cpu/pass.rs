@@ -1,235 +1,117 @@
-//! One forward pass: the workspace it needs, and its phases top to bottom, as every thread runs them.
+//! One forward pass: its phases top to bottom, as every thread runs them.
+//!
+//! A phase cuts its work into units, and ends when all of them are done. What makes it sound that many threads write to the
+//! same activations: [`Worker::each`] gives each unit to one thread, no thread enters the next phase before a phase is over,
+//! and the units of a phase write different rows or columns.
 
+use std::ops::Range;
+
+use super::attention::{AttentionFrom, AttentionJob, AttentionTo};
 use super::buffer::Buffer;
-use super::kernel::{CopyRows, Integers, Kernel, Patches, block_shape};
-use super::linear::{self, Add, To};
+use super::copy::{CopyRows, Patches};
+use super::kernel::{Integers, Kernel};
+use super::linear::{Add, LinearJob, LinearTo};
 use super::net::{AttnPool, Block, Mlp, Net};
 use super::norm::{Norm, NormRows, NormTo};
-use super::pack::{Acts, Linear, Rows};
+use super::packed::PackedLinear;
 use super::threads::Worker;
-use super::{Answers, Engine, attention};
+use super::tiles::{Acts, Rows};
+use super::workspace::{Activations, Workspace, head_tokens, tail_rows};
 use crate::{Activation, Config, Pool};
 
-/// Rows of tokens that a pass takes at most (but one image at least): a larger batch runs as several passes, so that
+/// Rows of tokens that a pass takes at most (but at least one image). A larger batch runs as several passes, so that
 /// activations stay small.
 pub(super) const ROWS_AT_ONCE: usize = 1600;
 
-/// Rows of a unit where every row is computed for itself.
-const ROWS_A_UNIT: usize = 16;
+/// Rows per unit in phases that treat each row independently.
+const ROWS_PER_UNIT: usize = 16;
 
-/// The activations of a pass, for up to so many images.
-#[derive(Default)]
-pub(super) struct Workspace {
-    images: usize,
-    memory: Option<Buffer>,
-    scratch: Vec<Buffer>,
+/// What the caller wants of a pass, and where it is appended.
+pub(super) struct Answers<'a> {
+    pub(super) logits: Option<&'a mut Vec<f32>>,
+    pub(super) features: Option<&'a mut Vec<f32>>,
+    pub(super) pre_logits: Option<&'a mut Vec<f32>>,
+    /// The tokens that leave these blocks.
+    pub(super) blocks: &'a mut [(usize, Vec<f32>)],
 }
 
-/// Where each activation begins in the workspace.
-struct Layout {
-    patches: usize,
-    embedded: usize,
-    x: usize,
-    a: usize,
-    qkv: usize,
-    wide: usize,
-    h: usize,
-    bytes: usize,
-    pooled: usize,
-    tail: usize,
-    tail_h: usize,
-    tail_p: usize,
-    pre: usize,
-    logits: usize,
-    end: usize,
-}
-
-impl Layout {
-    fn new(config: &Config, kernel: &dyn Kernel, images: usize) -> Self {
-        let (shape, dim, hidden) = (kernel.shape(), config.embed_dim, Net::hidden(config));
-        let (patches, rows) = (images * config.num_patches(), images * config.num_tokens());
-        let (tail, few) = (tail_rows(config, images), few_rows(config, images));
-        let wide = if config.scale_attn_norm { dim } else { 0 }.max(if config.scale_mlp_norm { hidden } else { 0 });
-        let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
-        let mut end = 0;
-        let mut take = |there: bool, bytes: usize| {
-            let start = end;
-            end += if there { bytes.next_multiple_of(256) } else { 0 };
-            start
-        };
-        let this = Self {
-            patches: take(true, Acts::bytes(shape, patches, Net::patch_len(config))),
-            embedded: take(config.patch_norm, Rows::bytes(patches, dim)),
-            x: take(true, Rows::bytes(rows, dim)),
-            a: take(true, Acts::bytes(shape, rows, dim)),
-            qkv: take(true, attention::between_bytes(kernel, rows, dim)),
-            wide: take(wide > 0, Rows::bytes(rows, wide)),
-            h: take(true, Acts::bytes(shape, rows, hidden)),
-            bytes: take(kernel.integers().is_some(), Acts::bytes(block_shape(kernel), rows, dim.max(hidden))),
-            pooled: take(config.global_pool != Pool::None, Rows::bytes(2 * images, config.pooled_dim())),
-            tail: take(true, Acts::bytes(shape, tail.max(few), config.pooled_dim())),
-            tail_h: take(tail_hidden(config) > 0, Acts::bytes(shape, few, tail_hidden(config))),
-            tail_p: take(pre > 0, Acts::bytes(shape, tail, pre)),
-            pre: take(pre > 0, Rows::bytes(tail, pre)),
-            logits: take(config.num_classes > 0, Rows::bytes(tail, config.num_classes)),
-            end: 0,
-        };
-        Self { end, ..this }
+impl Answers<'_> {
+    pub(super) fn clear(&mut self) {
+        let vectors = [&mut self.logits, &mut self.features, &mut self.pre_logits];
+        vectors.into_iter().flatten().for_each(|vector| vector.clear());
+        self.blocks.iter_mut().for_each(|(_, tokens)| tokens.clear());
     }
 }
 
-/// Tokens of an image that the head reads, its first, where those are all that is asked of the last block.
-fn head_tokens(config: &Config) -> Option<usize> {
-    let first = config.global_pool == Pool::Token && config.depth > 0;
-    first.then_some(if config.dist_token { 2 } else { 1 })
-}
-
-/// Rows of an MLP over what the head reads: of attention pooling, or of the last block.
-fn few_rows(config: &Config, images: usize) -> usize {
-    images * head_tokens(config).unwrap_or(1)
-}
-
-/// Its hidden values.
-fn tail_hidden(config: &Config) -> usize {
-    if config.global_pool == Pool::Map {
-        config.mlp_hidden
-    } else {
-        head_tokens(config).map_or(0, |_| Net::hidden(config))
-    }
-}
-
-/// Rows that the head reads.
-fn tail_rows(config: &Config, images: usize) -> usize {
-    if config.global_pool == Pool::None { images * config.num_tokens() } else { images }
-}
-
-impl Workspace {
-    /// Makes room for `images` images, where there is not yet.
-    pub(super) fn fit(&mut self, config: &Config, kernel: &dyn Kernel, images: usize, threads: usize) {
-        if self.scratch.is_empty() {
-            let keys = config.num_tokens();
-            let bytes = (kernel.linear_scratch())
-                .max(kernel.attention_scratch(keys, config.head_dim()))
-                .max(Net::patch_len(config) * size_of::<f32>());
-            self.scratch = (0..threads).map(|_| Buffer::new(bytes)).collect();
-        }
-        if self.images != images {
-            // smaller ones too: padding must be zero, and lies elsewhere for another number of images
-            let bytes = Layout::new(config, kernel, images).end;
-            match &self.memory {
-                Some(memory) if memory.len() >= bytes => memory.clear(),
-                _ => self.memory = Some(Buffer::new(bytes)),
-            }
-            self.images = images;
-        }
-    }
-
-    fn start(&self) -> *mut u8 {
-        self.memory.as_ref().map_or(std::ptr::null_mut(), Buffer::ptr)
-    }
+/// What the passes of an engine have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Model<'a> {
+    pub(super) config: &'a Config,
+    pub(super) kernel: &'a dyn Kernel,
+    pub(super) net: &'a Net,
+    pub(super) threads: usize,
 }
 
 /// A pass over some images.
 pub(super) struct Pass<'a> {
-    engine: &'a Engine,
+    model: Model<'a>,
     scratch: &'a [Buffer],
     pixels: &'a [f32],
     images: usize,
-    threads: usize,
-    /// Whether tokens alone are wanted, and the head is not.
+    /// Whether only tokens are wanted, so that the head does not run.
     headless: bool,
-    /// Tokens of an image that the last block is to compute, where nobody sees the others.
+    /// The number of first tokens of an image that the last block computes, if the others are not read.
     few: Option<usize>,
-    /// Copies of the tokens that leave a block: where the tap of that block begins.
+    /// Where the tokens that leave a block are copied.
     taps: Vec<(usize, Rows)>,
-    patches: Acts,
-    embedded: Rows,
-    x: Rows,
-    a: Acts,
-    qkv: Rows,
-    /// The same memory, as a block's linear layer writes it and its attention reads it.
-    between: (To, attention::From),
-    wide: Rows,
-    h: Acts,
-    /// What a linear layer in integers reads, whichever it is.
-    bytes: Acts,
-    pooled: Rows,
-    tail: Acts,
-    tail_h: Acts,
-    tail_p: Acts,
-    pre: Rows,
-    logits: Rows,
+    pub(super) at: Activations,
 }
 
 impl<'a> Pass<'a> {
-    pub(super) fn new(
-        engine: &'a Engine,
-        workspace: &'a Workspace,
+    /// A pass over `images` images, for which the workspace has room.
+    ///
+    /// # Safety
+    /// The workspace was last fitted for this model and at least so many images. The vectors of `answers` are not changed
+    /// before [`answer`](Self::answer).
+    pub(super) unsafe fn new(
+        model: Model<'a>,
+        workspace: &'a mut Workspace,
         pixels: &'a [f32],
         images: usize,
         answers: &mut Answers<'_>,
     ) -> Self {
-        let (config, kernel) = (&engine.config, &*engine.kernel);
-        let (shape, dim, hidden) = (kernel.shape(), config.embed_dim, Net::hidden(config));
-        // laid out for as many images as the workspace has, so that padding stays where it is
-        let room = workspace.images;
-        let layout = Layout::new(config, kernel, room);
-        let (patches, rows, tail) = (room * config.num_patches(), room * config.num_tokens(), tail_rows(config, room));
+        let config = model.config;
         let headless = answers.logits.is_none() && answers.pre_logits.is_none();
         let unseen = !headless && answers.features.is_none() && answers.blocks.is_empty();
-        let few = few_rows(config, room);
-        let at = |offset| workspace.start().wrapping_add(offset);
-        let pre = config.pre_logits.as_ref().map_or(0, |pre| pre.size);
-        let tokens = images * config.num_tokens() * dim;
-        let taps = (answers.blocks.iter_mut())
-            .map(|(block, values)| {
-                let start = values.len() - tokens;
-                (*block, Rows::packed(values[start..].as_mut_ptr(), dim))
-            })
-            .collect();
-        Self {
-            engine,
-            scratch: &workspace.scratch,
-            pixels,
-            images,
-            threads: engine.pool.count(),
-            headless,
-            few: head_tokens(config).filter(|_| unseen),
-            taps,
-            patches: Acts::new(at(layout.patches), shape, patches, Net::patch_len(config)),
-            embedded: Rows::new(at(layout.embedded), dim),
-            x: Rows::new(at(layout.x), dim),
-            a: Acts::new(at(layout.a), shape, rows, dim),
-            qkv: Rows::new(at(layout.qkv), 3 * dim),
-            between: attention::between(kernel, at(layout.qkv), rows, [dim, config.head_dim()], !config.qk_norm),
-            wide: Rows::new(at(layout.wide), if config.scale_mlp_norm { hidden.max(dim) } else { dim }),
-            h: Acts::new(at(layout.h), shape, rows, hidden),
-            bytes: Acts::new(at(layout.bytes), block_shape(kernel), rows, dim.max(hidden)),
-            pooled: Rows::new(at(layout.pooled), config.pooled_dim()),
-            tail: Acts::new(at(layout.tail), shape, tail.max(few), config.pooled_dim()),
-            tail_h: Acts::new(at(layout.tail_h), shape, few, tail_hidden(config)),
-            tail_p: Acts::new(at(layout.tail_p), shape, tail, pre),
-            pre: Rows::new(at(layout.pre), pre),
-            logits: Rows::new(at(layout.logits), config.num_classes),
-        }
+        let (rows, dim) = (images * config.num_tokens(), config.embed_dim);
+        let tap = |(block, tokens): &mut (usize, Vec<f32>)| {
+            let start = tokens.len();
+            tokens.resize(start + rows * dim, 0.0);
+            // SAFETY: the vector has just got these rows, and the caller leaves it alone until the pass is over
+            (*block, unsafe { Rows::packed(tokens[start..].as_mut_ptr(), rows, dim) })
+        };
+        let taps = answers.blocks.iter_mut().map(tap).collect();
+        // SAFETY: the caller has fitted the workspace for this configuration and kernel
+        let (at, scratch) = unsafe { workspace.activations(config, model.kernel) };
+        Self { model, scratch, pixels, images, headless, few: head_tokens(config).filter(|_| unseen), taps, at }
     }
 
     fn config(&self) -> &'a Config {
-        &self.engine.config
+        self.model.config
     }
 
     fn kernel(&self) -> &'a dyn Kernel {
-        &*self.engine.kernel
+        self.model.kernel
     }
 
     /// The whole pass, on each thread.
-    pub(super) fn run(&self, worker: &Worker<'_>) {
+    pub(super) fn run(&self, worker: &Worker<'_>, blocks: &[Block]) {
         self.begin(worker);
-        self.steps(worker, 0, &self.engine.net.blocks[..self.depth()]);
+        self.steps(worker, 0, &blocks[..self.depth()]);
         self.end(worker);
     }
 
-    /// Blocks that are to run.
+    /// The number of blocks that run.
     pub(super) fn depth(&self) -> usize {
         let last = self.taps.iter().map(|(block, _)| *block + 1).max();
         last.filter(|_| self.headless).unwrap_or(self.config().depth)
@@ -238,10 +120,10 @@ impl<'a> Pass<'a> {
     /// Up to the first block, on each thread.
     pub(super) fn begin(&self, worker: &Worker<'_>) {
         let _entered = self.kernel().enter();
-        self.embed(worker, &self.engine.net);
+        self.embed(worker, self.model.net);
     }
 
-    /// Some blocks, of which the first has this number, on each thread.
+    /// Some blocks, of which `first` is the number of the first, on each thread.
     pub(super) fn steps(&self, worker: &Worker<'_>, first: usize, blocks: &[Block]) {
         let _entered = self.kernel().enter();
         for (i, block) in (first..).zip(blocks) {
@@ -253,14 +135,14 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// From the last block on, on each thread.
+    /// What follows the last block, on each thread.
     pub(super) fn end(&self, worker: &Worker<'_>) {
-        let net = &self.engine.net;
+        let net = self.model.net;
         let _entered = self.kernel().enter();
         if let Some(norm) = &net.norm
             && (self.taps.is_empty() || !self.headless)
         {
-            let (rows, x) = self.few.map_or((self.rows(), self.x), |few| (self.images * few, self.pooled));
+            let (rows, x) = self.few.map_or((self.rows(), self.at.x), |few| (self.images * few, self.at.pooled));
             self.norm(worker, norm, x, rows, NormTo::Rows(x));
         }
         if !self.headless {
@@ -268,7 +150,8 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn rows(&self) -> usize {
+    /// Rows of tokens.
+    pub(super) fn rows(&self) -> usize {
         self.images * self.config().num_tokens()
     }
 
@@ -280,59 +163,77 @@ impl<'a> Pass<'a> {
         let image = self.pixels.len() / self.images;
         worker.each(self.images * rows, |unit| {
             let (i, grid_row) = (unit / rows, unit % rows);
-            self.kernel().patches(Patches {
+            let patches = Patches {
                 pixels: &self.pixels[i * image..][..image],
                 image_size: config.img_size,
                 patch_size: config.patch_size,
                 grid_row,
                 first: unit * columns,
                 patch: self.scratch(worker),
-                to: self.patches,
-            });
+                to: self.at.patches,
+            };
+            // SAFETY: the scratch has room for a patch and is this thread's, and this row of patches is this unit's
+            unsafe { self.kernel().patches(patches) };
             if grid_row == 0
                 && let Some(table) = &net.prefix
             {
                 for token in 0..table.count {
-                    // SAFETY: both are rows of `dim` values, and these rows are this unit's
-                    unsafe { self.x.row(i * n + token).copy_from_nonoverlapping(table.rows.row(token), dim) };
+                    // SAFETY: both are rows of `dim` values, and the prefix of an image is written by one unit
+                    unsafe { self.at.x.row(i * n + token).copy_from_nonoverlapping(table.rows.row(token), dim) };
                 }
             }
         });
         let positions = net.positions.as_ref().map(|table| table.rows);
-        let (count, place) = (self.images * patches, [patches, n, prefix]);
-        let [period, stride, first] = place;
+        let (count, period, stride, first) = (self.images * patches, patches, n, prefix);
         match &net.patch_norm {
             None => {
                 let add = Add::Position { rows: positions, period, stride, first };
-                self.linear(worker, &net.patch, self.patches, count, None, To::Rows(self.x, add));
+                self.linear(worker, &net.patch, self.at.patches, count, None, LinearTo::Rows(self.at.x, add));
             }
             Some(norm) => {
-                let to = To::Rows(self.embedded, Add::Nothing);
-                self.linear(worker, &net.patch, self.patches, count, None, to);
-                self.norm(worker, norm, self.embedded, count, NormTo::Position(self.x, positions, place));
+                let to = LinearTo::Rows(self.at.embedded, Add::Nothing);
+                self.linear(worker, &net.patch, self.at.patches, count, None, to);
+                let to = NormTo::Position { to: self.at.x, add: positions, period, stride, first };
+                self.norm(worker, norm, self.at.embedded, count, to);
             }
         }
         if let Some(norm) = &net.norm_pre {
-            self.norm(worker, norm, self.x, self.rows(), NormTo::Rows(self.x));
+            self.norm(worker, norm, self.at.x, self.rows(), NormTo::Rows(self.at.x));
         }
     }
 
-    /// `x += attn(norm1(x))`, then `x += mlp(norm2(x))`; of the `few` first tokens of each image alone, it goes to `pooled`:
-    /// the others are their keys and values, and no more.
+    /// `x += attn(norm1(x))`, then `x += mlp(norm2(x))`. With `few`, only for the first tokens of each image, which are written
+    /// to `pooled`; of the other tokens only keys and values are computed.
     fn block(&self, worker: &Worker<'_>, block: &Block, few: Option<usize>) {
-        let (config, tokens) = (self.config(), self.config().num_tokens());
-        let a = self.norm_for(worker, &block.qkv, &block.norm1, self.x, self.rows(), self.a);
-        let (to, from) = self.between;
-        self.linear(worker, &block.qkv, a, self.rows(), None, to);
+        let at = &self.at;
+        let a = self.norm_for(worker, &block.qkv, &block.norm1, at.x, self.rows(), at.a);
+        self.linear(worker, &block.qkv, a, self.rows(), None, at.between.0);
         let (queries, x, to, hidden) = match few {
-            None => (tokens, self.x, self.a, self.h),
+            None => (self.config().num_tokens(), at.x, at.a, at.h),
             Some(few) => {
                 worker.each(self.images, |image| self.pool(image));
-                (few, self.pooled, self.tail, self.tail_h)
+                (few, at.pooled, at.tail, at.tail_h)
             }
         };
         let rows = self.images * queries;
-        let job = attention::Job {
+        let attended = match &block.attn_norm {
+            None => AttentionTo::Acts(to),
+            Some(_) => AttentionTo::Rows(at.wide),
+        };
+        self.attend(worker, block, queries, attended);
+        let a = match &block.attn_norm {
+            None => to,
+            Some(norm) => self.norm_for(worker, &block.proj, norm, at.wide, rows, to),
+        };
+        self.linear(worker, &block.proj, a, rows, None, LinearTo::Rows(x, Add::Residual));
+        let a = self.norm_for(worker, &block.mlp.fc1, &block.norm2, x, rows, to);
+        self.mlp(worker, &block.mlp, rows, [a, hidden], x);
+    }
+
+    /// The attention of a block, for the first `queries` tokens of each image.
+    pub(super) fn attend(&self, worker: &Worker<'_>, block: &Block, queries: usize, to: AttentionTo) {
+        let (config, from, tokens) = (self.config(), self.at.between.1, self.config().num_tokens());
+        let job = AttentionJob {
             q: (from, 0),
             k: (from, config.embed_dim),
             v: (from, 2 * config.embed_dim),
@@ -344,35 +245,25 @@ impl<'a> Pass<'a> {
             heads: config.num_heads,
             dim: config.head_dim(),
             norms: block.qk_norm.as_ref().map(|(q, k)| (q, k)),
-            to: match block.attn_norm {
-                None => attention::To::Acts(to),
-                Some(_) => attention::To::Rows(self.wide),
-            },
+            to,
         };
         self.attention(worker, &job);
-        let a = match &block.attn_norm {
-            None => to,
-            Some(norm) => self.norm_for(worker, &block.proj, norm, self.wide, rows, to),
-        };
-        self.linear(worker, &block.proj, a, rows, None, To::Rows(x, Add::Residual));
-        let a = self.norm_for(worker, &block.mlp.fc1, &block.norm2, x, rows, to);
-        self.mlp(worker, &block.mlp, rows, [a, hidden], x);
     }
 
-    /// `to += fc2(norm(act(fc1(from))))`, by way of `hidden`.
+    /// `to += fc2(norm(act(fc1(from))))`, with `hidden` in between.
     fn mlp(&self, worker: &Worker<'_>, mlp: &Mlp, rows: usize, [from, hidden]: [Acts; 2], to: Rows) {
         let act = Some(self.config().act);
         let hidden = match &mlp.norm {
             None => {
-                self.linear(worker, &mlp.fc1, from, rows, act, To::Acts(hidden));
+                self.linear(worker, &mlp.fc1, from, rows, act, LinearTo::Acts(hidden));
                 hidden
             }
             Some(norm) => {
-                self.linear(worker, &mlp.fc1, from, rows, act, To::Rows(self.wide, Add::Nothing));
-                self.norm_for(worker, &mlp.fc2, norm, self.wide, rows, hidden)
+                self.linear(worker, &mlp.fc1, from, rows, act, LinearTo::Rows(self.at.wide, Add::Nothing));
+                self.norm_for(worker, &mlp.fc2, norm, self.at.wide, rows, hidden)
             }
         };
-        self.linear(worker, &mlp.fc2, hidden, rows, None, To::Rows(to, Add::Residual));
+        self.linear(worker, &mlp.fc2, hidden, rows, None, LinearTo::Rows(to, Add::Residual));
     }
 
     /// Tokens → what the head reads → logits.
@@ -388,33 +279,33 @@ impl<'a> Pass<'a> {
         if let Some(norm) = &net.fc_norm {
             self.norm(worker, norm, pooled, rows, NormTo::Rows(pooled));
         }
-        let logits = |add| To::Rows(self.logits, add);
+        let logits = |add| LinearTo::Rows(self.at.logits, add);
         if config.dist_token {
             for (i, head) in [&net.head, &net.head_dist].into_iter().enumerate() {
                 if let Some(head) = head {
                     let add = if i == 0 { Add::Nothing } else { Add::Residual };
                     // the class tokens, then the distillation tokens
-                    self.to_acts(worker, self.pooled, (2, i), rows, dim, self.tail);
-                    self.linear(worker, head, self.tail, rows, None, logits(add));
+                    self.to_acts(worker, self.at.pooled, (2, i), rows, dim, self.at.tail);
+                    self.linear(worker, head, self.at.tail, rows, None, logits(add));
                 }
             }
             return;
         }
-        self.to_acts(worker, pooled, (1, 0), rows, dim, self.tail);
-        let mut tail = self.tail;
+        self.to_acts(worker, pooled, (1, 0), rows, dim, self.at.tail);
+        let mut tail = self.at.tail;
         if let Some(fc) = &net.pre_logits {
-            self.linear(worker, fc, self.tail, rows, None, To::Rows(self.pre, Add::Nothing));
+            self.linear(worker, fc, self.at.tail, rows, None, LinearTo::Rows(self.at.pre, Add::Nothing));
             worker.each(rows, |row| {
-                for column in 0..fc.n {
-                    // SAFETY: the row has `n` values and is this unit's
+                for column in 0..fc.n() {
+                    // SAFETY: the row has `n` values, and only this unit accesses it
                     unsafe {
-                        let x = self.pre.row(row).add(column);
+                        let x = self.at.pre.row(row).add(column);
                         *x = (*x).tanh();
                     }
                 }
             });
-            self.to_acts(worker, self.pre, (1, 0), rows, fc.n, self.tail_p);
-            tail = self.tail_p;
+            self.to_acts(worker, self.at.pre, (1, 0), rows, fc.n(), self.at.tail_p);
+            tail = self.at.tail_p;
         }
         if let Some(head) = &net.head {
             self.linear(worker, head, tail, rows, None, logits(Add::Nothing));
@@ -423,21 +314,21 @@ impl<'a> Pass<'a> {
 
     /// What the head reads, before `pre_logits`.
     fn pooled(&self) -> Rows {
-        if self.config().global_pool == Pool::None { self.x } else { self.pooled }
+        if self.config().global_pool == Pool::None { self.at.x } else { self.at.pooled }
     }
 
-    /// Tokens of one image → one row of `pooled`; of a distilled model two.
+    /// Tokens of one image → one row of `pooled`, or two in a distilled model.
     fn pool(&self, image: usize) {
         let (config, dim) = (self.config(), self.config().embed_dim);
         let n = config.num_tokens();
         let first = if config.pool_include_prefix { 0 } else { config.num_prefix_tokens() };
         let token = |i: usize| {
-            // SAFETY: a row of `x`, which nobody writes in this phase
-            unsafe { std::slice::from_raw_parts(self.x.row(image * n + i), dim) }
+            // SAFETY: `x` has this row of `dim` values, and no unit of this phase writes it
+            unsafe { std::slice::from_raw_parts(self.at.x.row(image * n + i), dim) }
         };
         let out = |row: usize| {
-            // SAFETY: a row of `pooled`, this unit's alone
-            unsafe { std::slice::from_raw_parts_mut(self.pooled.row(row), config.pooled_dim()) }
+            // SAFETY: `pooled` has this row, which belongs to this image and so to this unit
+            unsafe { std::slice::from_raw_parts_mut(self.at.pooled.row(row), config.pooled_dim()) }
         };
         if config.dist_token {
             out(2 * image).copy_from_slice(token(0));
@@ -478,12 +369,12 @@ impl<'a> Pass<'a> {
     /// A learned query attends to the tokens, then an MLP with a residual.
     fn attn_pool(&self, worker: &Worker<'_>, pool: &AttnPool) {
         let (config, dim, rows) = (self.config(), self.config().embed_dim, self.rows());
-        self.to_acts(worker, self.x, (1, 0), rows, dim, self.a);
-        self.linear(worker, &pool.kv, self.a, rows, None, To::Rows(self.qkv, Add::Nothing));
-        let job = attention::Job {
-            q: (attention::From::Rows(pool.query.rows), 0),
-            k: (attention::From::Rows(self.qkv), 0),
-            v: (attention::From::Rows(self.qkv), dim),
+        self.to_acts(worker, self.at.x, (1, 0), rows, dim, self.at.a);
+        self.linear(worker, &pool.kv, self.at.a, rows, None, LinearTo::Rows(self.at.qkv, Add::Nothing));
+        let job = AttentionJob {
+            q: (AttentionFrom::Rows(pool.query.rows), 0),
+            k: (AttentionFrom::Rows(self.at.qkv), 0),
+            v: (AttentionFrom::Rows(self.at.qkv), dim),
             images: self.images,
             queries: 1,
             query_rows: 0,
@@ -492,36 +383,36 @@ impl<'a> Pass<'a> {
             heads: config.num_heads,
             dim: config.head_dim(),
             norms: None,
-            to: attention::To::Acts(self.tail),
+            to: AttentionTo::Acts(self.at.tail),
         };
         self.attention(worker, &job);
-        self.linear(worker, &pool.proj, self.tail, self.images, None, To::Rows(self.pooled, Add::Nothing));
-        self.norm(worker, &pool.norm, self.pooled, self.images, NormTo::Acts(self.tail));
-        self.mlp(worker, &pool.mlp, self.images, [self.tail, self.tail_h], self.pooled);
+        self.linear(worker, &pool.proj, self.at.tail, self.images, None, LinearTo::Rows(self.at.pooled, Add::Nothing));
+        self.norm(worker, &pool.norm, self.at.pooled, self.images, NormTo::Acts(self.at.tail));
+        self.mlp(worker, &pool.mlp, self.images, [self.at.tail, self.at.tail_h], self.at.pooled);
     }
 
-    /// Appends what was asked for; the pass has run.
-    pub(super) fn answer(&self, answers: &mut Answers<'_>) {
+    /// Appends what the caller wants, after the pass has run.
+    pub(super) fn answer(self, answers: &mut Answers<'_>) {
         let config = self.config();
         let (dim, rows) = (config.pooled_dim(), tail_rows(config, self.images));
         let append = |to: &mut Vec<f32>, from: Rows, count: usize, width: usize| {
             to.reserve(count * width);
             for i in 0..count {
-                // SAFETY: rows of the workspace, which nobody writes any more
+                // SAFETY: the workspace has these rows, and no thread writes them after the pass
                 to.extend_from_slice(unsafe { std::slice::from_raw_parts(from.row(i), width) });
             }
         };
         if let Some(features) = &mut answers.features {
-            append(features, self.x, self.rows(), config.embed_dim);
+            append(features, self.at.x, self.rows(), config.embed_dim);
         }
         if let Some(pre_logits) = &mut answers.pre_logits {
-            match &self.engine.net.pre_logits {
-                Some(fc) => append(pre_logits, self.pre, rows, fc.n),
+            match &self.model.net.pre_logits {
+                Some(fc) => append(pre_logits, self.at.pre, rows, fc.n()),
                 None if config.dist_token => {
                     for image in 0..rows {
                         let token = |i| {
-                            // SAFETY: as above
-                            unsafe { std::slice::from_raw_parts(self.pooled.row(2 * image + i), dim) }
+                            // SAFETY: `pooled` has two rows per image, and no thread writes them after the pass
+                            unsafe { std::slice::from_raw_parts(self.at.pooled.row(2 * image + i), dim) }
                         };
                         pre_logits.extend(token(0).iter().zip(token(1)).map(|(class, dist)| (class + dist) * 0.5));
                     }
@@ -531,7 +422,7 @@ impl<'a> Pass<'a> {
         }
         if let Some(logits) = &mut answers.logits {
             let start = logits.len();
-            append(logits, self.logits, rows, config.num_classes);
+            append(logits, self.at.logits, rows, config.num_classes);
             if config.dist_token {
                 logits[start..].iter_mut().for_each(|x| *x *= 0.5);
             }
@@ -543,67 +434,106 @@ impl<'a> Pass<'a> {
         self.scratch[worker.index].ptr().cast()
     }
 
-    fn linear(&self, worker: &Worker<'_>, linear: &Linear, from: Acts, rows: usize, act: Option<Activation>, to: To) {
+    /// A linear layer. Rounds its input first, if the layer reads integers and `from` has floats.
+    pub(super) fn linear(
+        &self,
+        worker: &Worker<'_>,
+        linear: &PackedLinear,
+        from: Acts,
+        rows: usize,
+        act: Option<Activation>,
+        to: LinearTo,
+    ) {
         let from = match self.rounding(linear) {
             Some((integers, bytes)) if from.shape() != linear.shape() => {
-                by_rows(worker, rows, |rows| integers.round(from, bytes, rows));
+                // SAFETY: each unit has its own rows, whose number is a multiple of eight except for the last
+                by_rows(worker, rows, |rows| unsafe { integers.round(from, bytes, rows) });
                 bytes
             }
             _ => from,
         };
-        let job = linear::Job { linear, from, rows, act, to };
-        let units = self.kernel().linear_units(&job, self.threads);
-        worker.each(units, |unit| self.kernel().linear(&job, unit, self.threads, self.scratch(worker)));
+        let (job, threads) = (LinearJob::new(linear, from, rows, act, to), self.model.threads);
+        let units = self.kernel().linear_units(&job, threads);
+        worker.each(units, |unit| {
+            // SAFETY: `fit` has sized this thread's scratch, the thread has entered, and each unit runs once; no unit of this
+            // phase writes what the layer reads, except that a residual is added to the rows and columns of the same unit
+            unsafe { self.kernel().linear(&job, unit, threads, self.scratch(worker)) };
+        });
     }
 
-    fn attention(&self, worker: &Worker<'_>, job: &attention::Job<'_>) {
-        let units = job.units(self.threads);
-        worker.each(units, |unit| self.kernel().attention(job, unit, self.threads, self.scratch(worker)));
+    fn attention(&self, worker: &Worker<'_>, job: &AttentionJob<'_>) {
+        let threads = self.model.threads;
+        worker.each(job.units(threads), |unit| {
+            // SAFETY: `fit` has sized this thread's scratch, the thread has entered, and each unit runs once; no unit of this
+            // phase writes queries, keys or values
+            unsafe { self.kernel().attention(job, unit, threads, self.scratch(worker)) };
+        });
     }
 
     fn norm(&self, worker: &Worker<'_>, norm: &Norm, from: Rows, rows: usize, to: NormTo) {
-        by_rows(worker, rows, |rows| self.kernel().norm(NormRows { norm, from, rows, to }));
+        by_rows(worker, rows, |rows| {
+            // SAFETY: each unit reads and writes its own rows
+            unsafe { self.kernel().norm(NormRows::new(norm, from, rows, to)) };
+        });
     }
 
-    /// Norms rows for a linear layer; answers what that is to read, by way of `to` where it reads integers.
-    fn norm_for(&self, worker: &Worker<'_>, next: &Linear, norm: &Norm, from: Rows, rows: usize, to: Acts) -> Acts {
+    /// Norms rows for a linear layer. Returns what the layer reads, which is `to`, or `to` rounded if it reads integers.
+    pub(super) fn norm_for(
+        &self,
+        worker: &Worker<'_>,
+        next: &PackedLinear,
+        norm: &Norm,
+        from: Rows,
+        rows: usize,
+        to: Acts,
+    ) -> Acts {
         let rounding = self.rounding(next);
         by_rows(worker, rows, |rows| {
-            self.kernel().norm(NormRows { norm, from, rows: rows.clone(), to: NormTo::Acts(to) });
-            if let Some((integers, bytes)) = rounding {
-                integers.round(to, bytes, rows);
+            // SAFETY: each unit reads and writes its own rows, whose number is a multiple of eight except for the last
+            unsafe {
+                self.kernel().norm(NormRows::new(norm, from, rows.clone(), NormTo::Acts(to)));
+                if let Some((integers, bytes)) = rounding {
+                    integers.round(to, bytes, rows);
+                }
             }
         });
-        rounding.map_or(to, |(_, bytes)| bytes)
+        self.normed(next, to)
     }
 
-    /// How activations become integers and where, for a layer that multiplies such.
-    fn rounding(&self, linear: &Linear) -> Option<(&'a dyn Integers, Acts)> {
+    /// What a linear layer reads after [`norm_for`](Self::norm_for) has written to `to`.
+    pub(super) fn normed(&self, next: &PackedLinear, to: Acts) -> Acts {
+        self.rounding(next).map_or(to, |(_, bytes)| bytes)
+    }
+
+    /// How activations are rounded and where they are then stored, if a layer multiplies integers.
+    fn rounding(&self, linear: &PackedLinear) -> Option<(&'a dyn Integers, Acts)> {
         let integers = self.kernel().integers().filter(|integers| integers.shape() == linear.shape())?;
-        Some((integers, self.bytes.of(self.rows(), linear.k)))
+        Some((integers, self.at.bytes.resized(self.rows(), linear.k())))
     }
 
     /// Rows of f32 → tiles: rows `first`, `first + step`, …
     fn to_acts(&self, worker: &Worker<'_>, from: Rows, every: (usize, usize), rows: usize, dim: usize, to: Acts) {
-        let (step, first) = every;
-        by_rows(worker, rows, |rows| self.kernel().copy(CopyRows { from, step, first, rows, dim, to }));
+        by_rows(worker, rows, |rows| {
+            // SAFETY: each unit writes its own rows, and no unit of this phase writes to `from`
+            unsafe { self.kernel().copy(CopyRows::new(from, every, rows, dim, to)) };
+        });
     }
 
-    /// The tokens as they are now.
+    /// Copies the tokens as they are now.
     fn copy_rows(&self, worker: &Worker<'_>, to: Rows) {
         let dim = self.config().embed_dim;
         by_rows(worker, self.rows(), |rows| {
             for i in rows {
-                // SAFETY: a row of `x` and one of the tap, each `dim` values, this unit's alone
-                unsafe { to.row(i).copy_from_nonoverlapping(self.x.row(i), dim) };
+                // SAFETY: `x` and the tap have these rows of `dim` values, and each unit has its own
+                unsafe { to.row(i).copy_from_nonoverlapping(self.at.x.row(i), dim) };
             }
         });
     }
 }
 
 /// Units of a few rows each.
-fn by_rows(worker: &Worker<'_>, rows: usize, f: impl Fn(std::ops::Range<usize>)) {
-    worker.each(rows.div_ceil(ROWS_A_UNIT), |unit| {
-        f(unit * ROWS_A_UNIT..rows.min((unit + 1) * ROWS_A_UNIT));
+fn by_rows(worker: &Worker<'_>, rows: usize, f: impl Fn(Range<usize>)) {
+    worker.each(rows.div_ceil(ROWS_PER_UNIT), |unit| {
+        f(unit * ROWS_PER_UNIT..rows.min((unit + 1) * ROWS_PER_UNIT));
     });
 }

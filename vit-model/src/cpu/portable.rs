@@ -1,6 +1,7 @@
 //! Any CPU: arrays that the compiler turns into vectors, and matrix products by the `gemm` crate.
 
-use super::pack::Product;
+use super::math;
+use super::product::Product;
 use super::simd::{Op, Simd};
 
 /// The portable instruction set, which every CPU has.
@@ -18,21 +19,28 @@ fn lanes(f: impl Fn(usize) -> f32) -> [f32; LANES] {
 impl Simd for Portable {
     type F = [f32; LANES];
     const LANES: usize = LANES;
-    // a tile of one row and a panel of one run make both sides plain row-major matrices, as `gemm` wants them
+    // a tile of one row and a panel of one run make both sides plain row-major matrices, which `gemm` reads
     const TILE: usize = 1;
     const BLOCK: usize = 32;
     const COLS: usize = 64;
     const RUN: usize = 64;
 
     #[inline(always)]
-    fn run<T: Op<Self>>(self, op: T) -> T::Out {
-        op.call(self)
+    unsafe fn run<T: Op<Self>>(self, op: T) {
+        // a function of its own, as for the other instruction sets, so that an epilogue is not compiled once per call
+        #[inline(never)]
+        unsafe fn go<T: Op<Portable>>(op: T) {
+            // SAFETY: the caller of `run` promises what `op` asks for
+            unsafe { op.call(Portable) }
+        }
+        // SAFETY: the caller promises what `op` asks for
+        unsafe { go(op) }
     }
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
         let (k, cols) = (p.chunks * 16, Self::COLS as isize);
-        // SAFETY: as `Product` says: `rows` × `k` and `k` × `COLS` values to read, `rows` × `COLS` to write
+        // SAFETY: `Product` promises `rows` × `k` and `k` × `COLS` values to read, and `rows` × `COLS` to write
         unsafe {
             if cfg!(miri) {
                 return plain(p.rows, k, p);
@@ -68,19 +76,19 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> Self::F {
-        // SAFETY: the caller's
+        // SAFETY: the caller's pointer is valid for a vector
         unsafe { p.cast::<Self::F>().read_unaligned() }
     }
 
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, x: Self::F) {
-        // SAFETY: the caller's
+        // SAFETY: the caller's pointer is valid for a vector
         unsafe { p.cast::<Self::F>().write_unaligned(x) }
     }
 
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const u16) -> Self::F {
-        // SAFETY: the caller's
+        // SAFETY: the caller's pointer is valid for a vector
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
     }
@@ -88,7 +96,7 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, x: Self::F) {
         let bits = x.map(|x| half::bf16::from_f32(x).to_bits());
-        // SAFETY: the caller's
+        // SAFETY: the caller's pointer is valid for a vector
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(bits) }
     }
 
@@ -112,7 +120,7 @@ impl Simd for Portable {
         lanes(|i| a[i] / b[i])
     }
 
-    /// Rounded twice: a fused one is a library call on a CPU without the instruction.
+    /// Rounds twice, because a fused operation is a library call on a CPU without the instruction.
     #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         lanes(|i| a[i] * b[i] + c[i])
@@ -130,13 +138,18 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn round(self, a: Self::F) -> Self::F {
-        // adding and taking away 1.5 · 2²³ leaves no fraction bits; |a| is far below 2²² here
+        // adding and subtracting 1.5 · 2²³ leaves no fraction bits; |a| is far below 2²² here
         a.map(|a| (a + 12582912.0) - 12582912.0)
     }
 
     #[inline(always)]
     fn scale(self, p: Self::F, n: Self::F) -> Self::F {
         lanes(|i| f32::from_bits(p[i].to_bits().wrapping_add(((n[i] as i32) << 23) as u32)))
+    }
+
+    #[inline(always)]
+    fn gelu(self, x: Self::F) -> Self::F {
+        math::gelu(self, x)
     }
 
     #[inline(always)]
@@ -153,9 +166,9 @@ impl Simd for Portable {
 /// The product without `gemm`, whose kernels an interpreter cannot run.
 ///
 /// # Safety
-/// As [`Product`] says.
+/// What [`Product`] asks for.
 unsafe fn plain(rows: usize, k: usize, p: &Product<'_>) {
-    // SAFETY: the caller's
+    // SAFETY: `row`, `col` and `k` are inside what the caller's product is valid for
     unsafe {
         for row in 0..rows {
             let a = p.a.add(row * p.a_tile).cast::<f32>();

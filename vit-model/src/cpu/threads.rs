@@ -1,4 +1,4 @@
-//! A pool with one thread per core: all run the same pass and meet at barriers; idle threads sleep.
+//! A thread pool whose threads all run the same pass and wait for each other after each phase. Idle threads sleep.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Turns of a waiting loop before a thread sleeps: some tens of microseconds, the length of a short phase.
+/// Iterations of a waiting loop before a thread sleeps: some tens of microseconds, the length of a short phase.
 const SPINS: usize = 4000;
 
-/// The work of a pass, as every thread runs it. The lifetime is erased: [`Pool::run`] outlives every use.
-type Job = *const (dyn Fn(&Worker<'_>) + Sync);
+/// The work of a pass, as every thread runs it. The lifetime is erased: [`Threads::run`] outlives every use.
+type Work = *const (dyn Fn(&Worker<'_>) + Sync);
 
 /// Threads that wait for a pass to run.
-pub(crate) struct Pool {
+pub(crate) struct Threads {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     /// Held by the caller whose pass runs.
@@ -25,16 +25,16 @@ struct Shared {
     slot: Mutex<Slot>,
     start: Condvar,
     barrier: Barrier,
-    /// What is left of each thread's share of the phase that runs.
+    /// The units of the current phase that each thread has not run yet.
     shares: Box<[Share]>,
-    /// A thread of this pass has panicked: nobody waits for it.
+    /// Whether a thread of this pass has panicked, so that no other waits for it.
     broken: AtomicBool,
 }
 
-/// The units of one thread: its first, one bit that tells odd phases from even ones, and the end, in a line of its own.
+/// The units of one thread: the first, one bit that tells odd phases from even ones, and the end, in a cache line of its own.
 ///
-/// Whoever comes first in a phase, the owner or a thread with nothing left to do, finds the last phase's bit and sets the
-/// share up; at the end of a phase all shares are empty.
+/// The first thread to access a share in a phase, its owner or an idle thread, finds the bit of the last phase and sets the
+/// share up. At the end of a phase all shares are empty.
 #[repr(align(128))]
 struct Share(AtomicU64);
 
@@ -49,7 +49,7 @@ impl Share {
 }
 
 struct Slot {
-    job: Option<SendJob>,
+    work: Option<SendWork>,
     pass: usize,
     running: usize,
     stop: bool,
@@ -57,12 +57,12 @@ struct Slot {
 }
 
 #[derive(Clone, Copy)]
-struct SendJob(Job);
-// SAFETY: the closure behind it is `Sync`, and `Pool::run` keeps it alive while any thread may call it
-unsafe impl Send for SendJob {}
+struct SendWork(Work);
+// SAFETY: the closure is `Sync`, and `Threads::run` returns only when no thread calls it any more
+unsafe impl Send for SendWork {}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // a panic inside a pass is passed on to its caller; the data stays sound
+    // a panic inside a pass reaches its caller, and leaves the data behind the lock consistent
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -74,8 +74,8 @@ pub(crate) struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Runs `f` once for every unit, and returns when all are done. Each thread takes a run of neighbours in their order,
-    /// so that it knows what it will need next, and then from the end of what others have left.
+    /// Runs `f` once for every unit, on one thread each, and returns when all are done. Each thread runs neighbouring units in
+    /// order, so that it knows what it will read next, and then steals units from the end of another's range.
     ///
     /// Every thread of the pass must make the same calls in the same order.
     pub(crate) fn each(&self, units: usize, mut f: impl FnMut(usize)) {
@@ -91,8 +91,8 @@ impl Worker<'_> {
     }
 }
 
-impl Pool {
-    /// A pool of `count` threads, the caller's included; fewer where the system gives no more.
+impl Threads {
+    /// A pool of `count` threads, including the caller's, or of as many as the system allows.
     pub(crate) fn new(count: usize) -> Self {
         let mut pool = Self::with_count(count.max(1));
         for index in 1..pool.shared.count {
@@ -109,7 +109,7 @@ impl Pool {
     }
 
     fn with_count(count: usize) -> Self {
-        let slot = Slot { job: None, pass: 0, running: 0, stop: false, panic: None };
+        let slot = Slot { work: None, pass: 0, running: 0, stop: false, panic: None };
         let shared = Shared {
             count,
             slot: Mutex::new(slot),
@@ -126,11 +126,11 @@ impl Pool {
         self.shared.count
     }
 
-    /// Runs `job` on every thread and returns when all have finished. A second caller waits for its turn.
+    /// Runs `work` on every thread and returns when all have finished. A second caller waits until the first has finished.
     ///
     /// # Panics
-    /// Where the job does, on any thread.
-    pub(crate) fn run(&self, job: &(dyn Fn(&Worker<'_>) + Sync)) {
+    /// If `work` does, on any thread.
+    pub(crate) fn run(&self, work: &(dyn Fn(&Worker<'_>) + Sync)) {
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
         let last_odd = shared.barrier.phase.load(SeqCst).is_multiple_of(2);
@@ -140,21 +140,21 @@ impl Pool {
         shared.broken.store(false, SeqCst);
         shared.barrier.arrived.store(0, SeqCst);
         if shared.count > 1 {
-            // SAFETY: only the lifetime changes; below, this function waits until no thread runs the job
-            let job = unsafe { std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Job>(job) };
+            // SAFETY: only the lifetime changes, and this function returns only when no thread runs the work any more
+            let work = unsafe { std::mem::transmute::<&(dyn Fn(&Worker<'_>) + Sync), Work>(work) };
             let mut slot = lock(&shared.slot);
-            slot.job = Some(SendJob(job));
+            slot.work = Some(SendWork(work));
             slot.pass += 1;
             slot.running = shared.count - 1;
             drop(slot);
             shared.start.notify_all();
         }
-        shared.work(0, job);
+        shared.work(0, work);
         let mut slot = lock(&shared.slot);
         while slot.running > 0 {
             slot = shared.barrier.woken.wait(slot).unwrap_or_else(PoisonError::into_inner);
         }
-        slot.job = None;
+        slot.work = None;
         if let Some(panic) = slot.panic.take() {
             drop(slot);
             resume_unwind(panic);
@@ -162,7 +162,7 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for Threads {
     fn drop(&mut self) {
         lock(&self.shared.slot).stop = true;
         self.shared.start.notify_all();
@@ -173,7 +173,7 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// One unit of a thread's share of this phase, the first or the last, if any is left.
+    /// Takes one unit of a thread's share of this phase, the first or the last, if any remains.
     fn take(&self, thread: usize, units: usize, odd: bool, last: bool) -> Option<usize> {
         let share = &self.shares[thread].0;
         let mut found = share.load(SeqCst);
@@ -197,7 +197,7 @@ impl Shared {
         }
     }
 
-    /// The life of a thread: sleep, run a pass, sleep.
+    /// What a thread of the pool does: it sleeps until there is a pass, and runs it.
     fn serve(&self, index: usize) {
         let mut seen = 0;
         loop {
@@ -209,11 +209,11 @@ impl Shared {
                 return;
             }
             seen = slot.pass;
-            let job = slot.job;
+            let work = slot.work;
             drop(slot);
-            if let Some(SendJob(job)) = job {
-                // SAFETY: `run` waits for this thread before it lets go of the job
-                self.work(index, unsafe { &*job });
+            if let Some(SendWork(work)) = work {
+                // SAFETY: `run` keeps the work alive until this thread has finished
+                self.work(index, unsafe { &*work });
             }
             let mut slot = lock(&self.slot);
             slot.running -= 1;
@@ -222,18 +222,18 @@ impl Shared {
         }
     }
 
-    fn work(&self, index: usize, job: &(dyn Fn(&Worker<'_>) + Sync)) {
+    fn work(&self, index: usize, work: &(dyn Fn(&Worker<'_>) + Sync)) {
         let worker = Worker { index, shared: self };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&worker))) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(&worker))) {
             lock(&self.slot).panic.get_or_insert(panic);
             self.broken.store(true, SeqCst);
-            drop(lock(&self.slot)); // a sleeper either sees it or is on the condition variable
+            drop(lock(&self.slot)); // so that a thread that saw `broken` unset is already waiting for `woken`
             self.barrier.woken.notify_all();
         }
     }
 }
 
-/// Where the threads of a pass wait for each other between two phases.
+/// Makes the threads of a pass wait for each other between two phases.
 #[derive(Default)]
 struct Barrier {
     arrived: AtomicUsize,
@@ -243,14 +243,14 @@ struct Barrier {
 }
 
 impl Barrier {
-    /// The last thread to arrive lets all go.
+    /// Returns when all threads have arrived.
     fn wait(&self, shared: &Shared) {
         let phase = self.phase.load(SeqCst);
         if self.arrived.fetch_add(1, SeqCst) + 1 == shared.count {
             self.arrived.store(0, SeqCst);
             self.phase.fetch_add(1, SeqCst);
             if self.sleepers.load(SeqCst) > 0 {
-                drop(lock(&shared.slot)); // a sleeper either has seen the new phase or is on the condition variable
+                drop(lock(&shared.slot)); // so that a thread that saw the old phase is already waiting for `woken`
                 self.woken.notify_all();
             }
             return;
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn every_unit_of_every_phase_runs_once_and_phases_do_not_mix() {
         for count in [1, 2, 3, 7] {
-            let pool = Pool::new(count);
+            let pool = Threads::new(count);
             for _ in 0..20 {
                 let done = [const { AtomicUsize::new(0) }; 40];
                 pool.run(&|worker| {
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn callers_take_turns() {
-        let pool = Pool::new(3);
+        let pool = Threads::new(3);
         let inside = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = Pool::new(2);
+        let pool = Threads::new(2);
         let caught = catch_unwind(AssertUnwindSafe(|| {
             pool.run(&|worker| worker.each(4, |unit| assert_ne!(unit, 3, "unit 3")));
         }));

@@ -1,4 +1,5 @@
-//! Fetching a repository: each file beside its place, checked, then moved there; what was cut is taken up again.
+//! Fetches a repository. Each file is downloaded next to its destination, verified, and then renamed into place. Interrupted
+//! downloads are resumed.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -9,37 +10,38 @@ use hf_hub::CacheRepo;
 use sha2::{Digest as _, Sha256};
 
 use super::http::{Body, Client, Meta, Waits};
-use super::snapshot::{self, CONFIG, INDEX, PROCESSOR, WEIGHTS};
+use super::snapshot;
 use super::{Progress, RepoId, is_name};
-use crate::load::{self, small_file};
-use crate::{Error, Result, limits};
+use crate::files::{CONFIG, FORMS, OPEN_CLIP, PROCESSORS, TEXT_FILES, TOKENIZER, small_file};
+use crate::{Error, Result, checkpoint, limits};
 
-/// An interrupted download of at least this many bytes is kept for the next run; a smaller one is not worth the file.
+/// An interrupted download of at least this many bytes is kept for the next run. A smaller one is deleted, because fetching it
+/// again costs little.
 const MIN_KEPT: u64 = 1 << 20;
 
-/// Largest JSON file that is fetched: what is read at all.
+/// The size of the largest JSON file to fetch, which is that of the largest one that can be read.
 fn max_json() -> u64 {
     u64::try_from(limits::JSON_BYTES).unwrap_or(u64::MAX)
 }
 
-/// The fetching of one repository.
+/// The state while fetching one repository.
 pub(super) struct Fetch<'a> {
     pub client: &'a Client,
     pub id: &'a RepoId,
     pub repo: CacheRepo,
-    /// The whole cache, and the repository's folder in it.
+    /// The folder of the whole cache; `folder` is the repository's folder in it.
     pub cache: &'a Path,
     pub folder: PathBuf,
-    /// Known from the first answer on.
+    /// The commit that the first response named.
     pub commit: Option<String>,
     pub progress: &'a mut dyn Progress,
 }
 
-/// How a download ended that did not end well.
+/// Why a download failed.
 enum Cut {
-    /// For good.
+    /// Trying again cannot help.
     Final(Error),
-    /// The connection broke; the rest may still come.
+    /// The connection was lost, so trying again may fetch the rest.
     Broken(Error),
 }
 
@@ -50,40 +52,33 @@ impl From<Error> for Cut {
 }
 
 impl Fetch<'_> {
-    /// Fetches what is needed; only when all is there does the revision point to it.
+    /// Fetches all files that a model needs. The revision points to the snapshot only after all of them are complete.
     pub fn all(&mut self) -> Result<PathBuf> {
-        let Some(config) = self.file(CONFIG, max_json())? else {
+        let config = match self.file(CONFIG, max_json())? {
+            None => self.file(OPEN_CLIP, max_json())?,
+            found => found,
+        };
+        let Some(config) = config else {
             return Err(Error::Hub(format!(
-                "{}: 404 Not Found: {} does not exist, or has no {CONFIG} and is not a model of timm or transformers",
+                "{}: 404 Not Found: {} does not exist, or has no {CONFIG} and is not a timm, transformers or open_clip model",
                 self.url(CONFIG),
                 self.id
             )));
         };
         let snapshot = config.parent().map(Path::to_path_buf).unwrap_or_default();
-        if snapshot::wants_processor(&config)
-            && self.file(PROCESSOR, max_json())?.is_none()
-            && let Some(marker) = snapshot::absent_marker(&snapshot, PROCESSOR)
-        {
-            create_parent(&marker)?;
-            File::create(&marker).map_err(Error::io(&marker))?;
-        }
-        // an architecture that cannot be run is refused before its weights are fetched
-        load::info(&snapshot)?;
-        if self.file(WEIGHTS, limits::FETCHED_BYTES)?.is_none() {
-            let Some(index) = self.file(INDEX, max_json())? else {
-                return Err(Error::Hub(format!(
-                    "{}: has neither {WEIGHTS} nor {INDEX} (pickled weights are not read; the owner, or the Hub's \
-                     conversion bot, can add safetensors)",
-                    self.id
-                )));
-            };
-            for shard in snapshot::shards(&small_file(&index)?, &self.url(INDEX))? {
-                if self.file(&shard, limits::FETCHED_BYTES)?.is_none() {
-                    let url = self.url(&shard);
-                    return Err(Error::Hub(format!("{url}: 404 Not Found, though {INDEX} names it")));
+        if config.file_name().is_some_and(|name| name == CONFIG) && snapshot::wants_processor(&config) {
+            for name in PROCESSORS {
+                if self.file_or_marker(name, max_json(), &snapshot)? {
+                    break;
                 }
             }
         }
+        // reject unsupported architectures before fetching their weights
+        if config.file_name().is_none_or(|name| name != CONFIG) || !checkpoint::is_text_tower(&snapshot)? {
+            checkpoint::info(&snapshot)?;
+        }
+        self.texts(&snapshot)?;
+        self.weights()?;
         if let Some(commit) = self.commit.as_ref().filter(|commit| **commit != self.id.revision) {
             let reference = self.folder.join("refs").join(&self.id.revision);
             create_parent(&reference)?;
@@ -92,12 +87,57 @@ impl Fetch<'_> {
         Ok(snapshot)
     }
 
+    /// Fetches what the tokeniser of a model with a text tower is made of, as far as the snapshot lacks it.
+    fn texts(&mut self, snapshot: &Path) -> Result<()> {
+        for file in TEXT_FILES {
+            // asked each time, because a tokenizer.json makes others redundant
+            if !snapshot::texts_to_fetch(snapshot).contains(&file) {
+                continue;
+            }
+            let limit = u64::try_from(limits::TOKENIZER_BYTES).unwrap_or(u64::MAX);
+            let limit = if file == TOKENIZER { limit } else { max_json() };
+            self.file_or_marker(file, limit, snapshot)?;
+        }
+        Ok(())
+    }
+
+    /// Adds one file to the snapshot, or the marker that the repository has none. Returns whether it has it.
+    fn file_or_marker(&mut self, file: &str, limit: u64, snapshot: &Path) -> Result<bool> {
+        if self.file(file, limit)?.is_some() {
+            return Ok(true);
+        }
+        if let Some(marker) = snapshot::absent_marker(snapshot, file) {
+            create_parent(&marker)?;
+            File::create(&marker).map_err(Error::io(&marker))?;
+        }
+        Ok(false)
+    }
+
+    /// Fetches the weights in the first form that the repository has.
+    fn weights(&mut self) -> Result<()> {
+        for [file, index_name] in FORMS {
+            if self.file(file, limits::FETCHED_BYTES)?.is_some() {
+                return Ok(());
+            }
+            let Some(index) = self.file(index_name, max_json())? else { continue };
+            for shard in snapshot::shards(&small_file(&index)?, &self.url(index_name))? {
+                if self.file(&shard, limits::FETCHED_BYTES)?.is_none() {
+                    let url = self.url(&shard);
+                    return Err(Error::Hub(format!("{url}: 404 Not Found, though {index_name} names it")));
+                }
+            }
+            return Ok(());
+        }
+        let files = FORMS.map(|[file, _]| file).join(", ");
+        Err(Error::Hub(format!("{}: has no weights under a usual name ({files})", self.id)))
+    }
+
     fn url(&self, file: &str) -> String {
         let revision = self.id.revision.replace('/', "%2F");
         format!("{}/{}/resolve/{revision}/{file}", self.client.endpoint(), self.id.name)
     }
 
-    /// Makes one file of the repository present in the snapshot, unless the repository has none of that name.
+    /// Adds one file to the snapshot, fetching it if necessary. Returns `None` if the repository has no such file.
     fn file(&mut self, file: &str, limit: u64) -> Result<Option<PathBuf>> {
         let url = self.url(file);
         let Some(meta) = self.client.head(&url)? else { return Ok(None) };
@@ -108,11 +148,11 @@ impl Fetch<'_> {
             return Err(Error::Hub(format!("{url}: refused, its X-Repo-Commit {:?} is not a commit", meta.commit)));
         }
         if let Some(size) = meta.size.filter(|size| *size > limit) {
-            return Err(Error::Hub(format!("{url}: {size} bytes, at most {limit} are fetched")));
+            return Err(Error::Hub(format!("{url}: {size} bytes, but at most {limit} are fetched")));
         }
         match &self.commit {
             Some(commit) if *commit != meta.commit => {
-                return Err(Error::Hub(format!("{}: has changed while it was fetched, try again", self.id)));
+                return Err(Error::Hub(format!("{}: changed while it was being fetched; try again", self.id)));
             }
             _ => self.commit = Some(meta.commit.clone()),
         }
@@ -130,18 +170,18 @@ impl Fetch<'_> {
         Ok(Some(pointer))
     }
 
-    /// Fetches a blob beside its place, checks it and moves it there, while no other process does.
+    /// Downloads a blob next to its destination, verifies it and renames it. A lock keeps other processes from doing the same.
     fn blob(&mut self, file: &str, url: &str, meta: &Meta, blob: &Path, limit: u64) -> Result<()> {
-        // the first answer comes before the first file, so that a refusal leaves nothing behind
+        // send the first request before creating any file, so that a refusal leaves nothing behind
         let partial = with_suffix(blob, ".incomplete");
         let offset = resume_at(&partial, meta);
         let mut body = self.client.get(url, offset, meta.size)?;
         create_parent(blob)?;
         let lock = self.lock(url, meta, &partial)?;
         if is_whole(blob, meta)? {
-            return Ok(()); // by the process that was waited for
+            return Ok(()); // another process fetched it while this one waited for the lock
         }
-        // without locks, a name of our own keeps two processes apart
+        // if the file system has no locks, each process uses its own file name
         let partial =
             if lock.is_some() { partial } else { with_suffix(blob, &format!(".{}.incomplete", std::process::id())) };
         if body.offset != resume_at(&partial, meta) && body.offset > 0 {
@@ -158,7 +198,7 @@ impl Fetch<'_> {
                 Err(Cut::Final(error)) => break Err(error),
                 Err(Cut::Broken(error)) => {
                     if done >= from.saturating_add(MIN_KEPT) {
-                        waits = Waits::default(); // it gets on
+                        waits = Waits::default(); // the download makes progress
                     }
                     let Some(wait) = waits.next(None) else { break Err(error) };
                     std::thread::sleep(wait);
@@ -175,14 +215,14 @@ impl Fetch<'_> {
             Err(error) => {
                 let keep = snapshot::is_sha256(&meta.etag) && lock.is_some() && done >= MIN_KEPT;
                 if !keep {
-                    let _ = fs::remove_file(&partial); // the first error is the one to tell
+                    let _ = fs::remove_file(&partial); // report the first error, not this one
                 }
                 Err(error)
             }
         }
     }
 
-    /// A body into the file and, with what the file holds before it, into the hash.
+    /// Writes a response body to the file, after the part that an earlier attempt wrote. Returns the hash of the whole file.
     fn receive(
         &mut self,
         file: &str,
@@ -195,14 +235,14 @@ impl Fetch<'_> {
         let url = self.url(file);
         let total = meta.size.or(body.total);
         if let Some(total) = total.filter(|total| *total > limit) {
-            return Err(Error::Hub(format!("{url}: {total} bytes, at most {limit} are fetched")).into());
+            return Err(Error::Hub(format!("{url}: {total} bytes, but at most {limit} are fetched")).into());
         }
         let disk = |e: io::Error| Error::Hub(format!("{url}: cannot write to the cache: {e}"));
         let mut hash = Sha256::new();
         output.seek(SeekFrom::Start(0)).map_err(disk)?;
         *done = snapshot::hash_into(&mut hash, (&mut *output).take(body.offset)).map_err(disk)?;
         if *done != body.offset {
-            return Err(Error::Hub(format!("{url}: the partial download has changed, try again")).into());
+            return Err(Error::Hub(format!("{url}: the partial download changed; try again")).into());
         }
         output.set_len(*done).map_err(disk)?;
 
@@ -212,7 +252,7 @@ impl Fetch<'_> {
         copied?;
         match total {
             Some(total) if total != *done => {
-                Err(Cut::Broken(Error::Hub(format!("{url}: {done} bytes came, {total} were announced"))))
+                Err(Cut::Broken(Error::Hub(format!("{url}: received {done} bytes, but {total} were announced"))))
             }
             _ => Ok(hash),
         }
@@ -237,18 +277,21 @@ impl Fetch<'_> {
                 Err(e) => {
                     let silent = matches!(e.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
                         || e.to_string().contains("timeout");
-                    let error = Error::Hub(format!("{url}: broken off after {done} bytes: {e}"));
+                    let error = Error::Hub(format!("{url}: interrupted after {done} bytes: {e}"));
                     return Err(if silent { Cut::Final(error) } else { Cut::Broken(error) });
                 }
             };
             let bytes = u64::try_from(n).unwrap_or(u64::MAX);
             if done.saturating_add(bytes) > most {
-                return Err(Error::Hub(format!("{url}: more came than the {most} bytes that were announced")).into());
+                return Err(
+                    Error::Hub(format!("{url}: received more than the {most} bytes that were announced")).into()
+                );
             }
             if !pace.keeps_up(bytes) {
-                return Err(
-                    Error::Hub(format!("{url}: given up after {done} bytes: less than 1 kB a second arrives")).into()
-                );
+                return Err(Error::Hub(format!(
+                    "{url}: gave up after {done} bytes, because less than 1 kB a second arrives"
+                ))
+                .into());
             }
             let part = buffer.get(..n).unwrap_or_default();
             output.write_all(part).map_err(|e| Error::Hub(format!("{url}: cannot write to the cache: {e}")))?;
@@ -258,21 +301,21 @@ impl Fetch<'_> {
         }
     }
 
-    /// The last look before a download becomes a blob.
+    /// Verifies a complete download.
     fn accept(&self, url: &str, meta: &Meta, hash: Sha256, output: &File, partial: &Path) -> Result<()> {
         let digest = snapshot::hex(hash);
         if snapshot::is_sha256(&meta.etag) && digest != meta.etag {
             fs::remove_file(partial).map_err(Error::io(partial))?;
             return Err(Error::Hub(format!(
-                "{url}: the SHA-256 of what came is {digest}, announced was {}",
+                "{url}: the SHA-256 of the received file is {digest}, but {} was announced",
                 meta.etag
             )));
         }
         output.sync_all().map_err(Error::io(partial))
     }
 
-    /// The lock that Python's `huggingface_hub` takes, too. Waits for another process as long as that one gets on.
-    /// `None`: the file system has no locks.
+    /// Takes the lock that Python's `huggingface_hub` also uses. Waits for another process as long as it makes progress.
+    /// Returns `None` if the file system does not support locks.
     fn lock(&self, url: &str, meta: &Meta, partial: &Path) -> Result<Option<File>> {
         let name = self.folder.file_name().unwrap_or_default();
         let path = self.cache.join(".locks").join(name).join(format!("{}.lock", meta.etag));
@@ -290,10 +333,10 @@ impl Fetch<'_> {
             if size() != seen {
                 (since, seen) = (Instant::now(), size());
             }
-            // the other may be in its last retries
+            // wait longer than one patience, because the other process may be retrying
             if since.elapsed() > self.client.patience().saturating_mul(3) {
                 return Err(Error::Hub(format!(
-                    "{url}: another process is fetching it, and does not get on; try again"
+                    "{url}: another process is fetching it and makes no progress; try again"
                 )));
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -301,13 +344,13 @@ impl Fetch<'_> {
     }
 }
 
-/// Where a download may go on: only where what was put together from two attempts can be verified as a whole.
+/// The offset from which to resume a download. It is 0 unless a SHA-256 can verify the file that two attempts make.
 fn resume_at(partial: &Path, meta: &Meta) -> u64 {
     let there = if snapshot::is_sha256(&meta.etag) { fs::metadata(partial).map_or(0, |m| m.len()) } else { 0 };
     if meta.size.is_some_and(|size| there < size) { there } else { 0 }
 }
 
-/// Whether a blob is in the cache with the right size and, if that is its name, the right SHA-256.
+/// Whether a blob is in the cache with the right size and, if its name is a SHA-256, with that SHA-256.
 fn is_whole(blob: &Path, meta: &Meta) -> Result<bool> {
     let Ok(found) = fs::metadata(blob) else { return Ok(false) };
     if !found.is_file() || meta.size.is_some_and(|size| size != found.len()) {
@@ -330,12 +373,12 @@ fn create_parent(path: &Path) -> Result<()> {
     fs::create_dir_all(parent).map_err(Error::io(parent))
 }
 
-/// Makes a file or link under a name of its own and moves it over `path`, so that no reader sees a half one.
+/// Makes a file or link with a temporary name and renames it to `path`, so that no reader sees an incomplete one.
 fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<()> {
     let thread = format!("{:?}", std::thread::current().id());
     let thread: String = thread.chars().filter(char::is_ascii_digit).collect();
     let temporary = with_suffix(path, &format!(".{}-{thread}.tmp", std::process::id()));
-    let _ = fs::remove_file(&temporary); // of an earlier process of the same number
+    let _ = fs::remove_file(&temporary); // left by an earlier process with the same id
     let made = make(&temporary).and_then(|()| fs::rename(&temporary, path));
     if made.is_err() {
         let _ = fs::remove_file(&temporary);
@@ -348,7 +391,7 @@ fn link(target: &Path, _blob: &Path, at: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(target, at)
 }
 
-/// Links need a privilege on Windows: without it the file is copied, as Python's cache does.
+/// Symbolic links need a privilege on Windows, so this makes a hard link, or copies the file if that fails.
 #[cfg(not(unix))]
 fn link(_target: &Path, blob: &Path, at: &Path) -> io::Result<()> {
     fs::hard_link(blob, at).or_else(|_| fs::copy(blob, at).map(|_| ()))

@@ -1,4 +1,4 @@
-//! The few requests that fetching needs: a token that stays at home, a server that may not keep us waiting, few retries.
+//! The HTTP requests for fetching. The token goes only to the Hub, every wait has a time limit, and there are few retries.
 
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -9,13 +9,13 @@ use super::HubOptions;
 use crate::{Error, Result};
 
 const MAX_REDIRECTS: usize = 5;
-/// Bytes a second, on average over the patience, below which a download is given up.
+/// The lowest accepted rate in bytes per second, averaged over `HubOptions::patience`.
 const MIN_RATE: u64 = 1000;
-/// Requests after the first, where the failure may pass.
+/// How often a request is repeated after a failure that may be temporary.
 const RETRIES: u32 = 3;
-/// The first wait before a retry; each further one is twice as long.
+/// The wait before the first retry. Each further wait is twice as long.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// All waits of one request together; a server that asks for more is told to the user instead.
+/// The limit for all waits of one request together. If the server asks for more, the request fails and the error says so.
 const MAX_WAIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Client {
@@ -26,7 +26,7 @@ pub(super) struct Client {
     patience: Duration,
 }
 
-/// What the Hub says about a file without sending it.
+/// The response to a HEAD request for a file.
 #[derive(Debug)]
 pub(super) struct Meta {
     pub commit: String,
@@ -34,16 +34,16 @@ pub(super) struct Meta {
     pub size: Option<u64>,
 }
 
-/// A file on its way.
+/// A response with the content of a file.
 pub(super) struct Body {
     pub reader: Box<dyn Read>,
-    /// Where in the file it starts.
+    /// The offset in the file of the first byte in `reader`.
     pub offset: u64,
-    /// The size of the whole file, if the answer says so.
+    /// The size of the whole file, if the response has it.
     pub total: Option<u64>,
 }
 
-/// The token is sent to this one only.
+/// Scheme, host and port. The token is sent only to the endpoint's origin.
 #[derive(PartialEq, Eq)]
 struct Origin {
     scheme: String,
@@ -68,7 +68,7 @@ impl Origin {
 #[derive(Clone, Copy)]
 enum Ask {
     Head,
-    /// The bytes from here on.
+    /// A GET request for the bytes from this offset on.
     From(u64),
 }
 
@@ -76,23 +76,23 @@ impl Client {
     pub fn new(options: &HubOptions) -> Result<Self> {
         let endpoint = options.endpoint.trim_end_matches('/').to_owned();
         let Some(origin) = Origin::of(&endpoint) else {
-            return Err(Error::Hub(format!("HF_ENDPOINT {endpoint:?} is not a URL of http or https")));
+            return Err(Error::Hub(format!("HF_ENDPOINT {endpoint:?} is not an http or https URL")));
         };
         if options.token.as_ref().is_some_and(|t| !t.bytes().all(|b| b.is_ascii_graphic())) {
-            return Err(Error::Hub("the token (HF_TOKEN) holds characters that no token has".into()));
+            return Err(Error::Hub("the token (HF_TOKEN) contains characters that are not allowed in a token".into()));
         }
         let patience = Some(options.patience);
-        // a mirror on this machine is not reached through a proxy
+        // a proxy cannot reach a mirror on this machine
         let is_here = matches!(origin.host.as_str(), "127.0.0.1" | "localhost" | "[::1]");
         let proxy = if is_here { None } else { ureq::Proxy::try_from_env() };
         let agent = ureq::Agent::config_builder()
             .proxy(proxy)
             .http_status_as_error(false)
-            // followed here, where it is seen to whom the token goes
+            // `Client` follows redirects itself, to control where the token goes
             .max_redirects(0)
             .max_redirects_will_error(false)
             .user_agent(concat!("vit-model/", env!("CARGO_PKG_VERSION")))
-            // what is compressed on the way has neither the size nor the ranges of the file
+            // sizes and ranges of a compressed response are not those of the file
             .accept_encoding("identity")
             .timeout_resolve(patience)
             .timeout_connect(patience)
@@ -115,17 +115,17 @@ impl Client {
         self.patience
     }
 
-    /// Asks about a file; `None`: the repository has none of that name.
+    /// Sends a HEAD request for a file. Returns `None` if the repository has no such file.
     pub fn head(&self, url: &str) -> Result<Option<Meta>> {
         let (mut at, mut commit) = (url.to_owned(), None);
         for _ in 0..=MAX_REDIRECTS {
             let mut answer = self.request(&at, Ask::Head)?;
             if matches!(answer.status(), StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED) {
-                answer = self.request(&at, Ask::From(0))?; // a mirror without HEAD; its body is not read
+                answer = self.request(&at, Ask::From(0))?; // a mirror without HEAD; the body is not read
             }
             commit = header(&answer, "x-repo-commit").or(commit);
-            // a renamed repository redirects within the Hub; weights redirect to another host, and the Hub's own answer
-            // says what is needed to know
+            // follow the Hub's redirects for renamed repositories, but not those for weights, which lead to another host: the
+            // Hub's own response already has all that is needed
             if answer.status().is_redirection() && header(&answer, "x-linked-etag").is_none() {
                 at = self.redirect(&at, &answer)?;
                 continue;
@@ -136,8 +136,9 @@ impl Client {
             if !answer.status().is_success() && !answer.status().is_redirection() {
                 return Err(refusal(&at, &answer));
             }
-            let tell =
-                |name: &str| Error::Hub(format!("{url}: the answer has no {name}: is this the Hub or a mirror of it?"));
+            let tell = |name: &str| {
+                Error::Hub(format!("{url}: the response has no {name}: is this the Hub or a mirror of it?"))
+            };
             let etag = header(&answer, "x-linked-etag").or_else(|| header(&answer, "etag"));
             let etag = etag.ok_or_else(|| tell("ETag"))?;
             let length = header(&answer, "x-linked-size").or_else(|| {
@@ -153,7 +154,7 @@ impl Client {
         Err(Error::Hub(format!("{url}: more than {MAX_REDIRECTS} redirects")))
     }
 
-    /// Opens a file from `offset` on; the server may ignore that and send all of it.
+    /// Starts to download a file from `offset` on. The server may ignore the offset and send the whole file.
     pub fn get(&self, url: &str, offset: u64, size: Option<u64>) -> Result<Body> {
         let mut at = url.to_owned();
         for _ in 0..=MAX_REDIRECTS {
@@ -165,13 +166,15 @@ impl Client {
                     return Ok(Body { reader: Box::new(answer.into_body().into_reader()), offset: 0, total });
                 }
                 StatusCode::PARTIAL_CONTENT => {
-                    // bytes 100-199/200
+                    // for example: bytes 100-199/200
                     let range = header(&answer, "content-range").unwrap_or_default();
                     let (span, total) = range.trim_start_matches("bytes ").split_once('/').unwrap_or_default();
                     let start = span.split('-').next().and_then(|s| s.parse::<u64>().ok());
                     let total = total.parse::<u64>().ok();
                     if start != Some(offset) || (size.is_some() && total.is_some() && total != size) {
-                        return Err(Error::Hub(format!("{at}: asked for the bytes from {offset} on, got {range:?}")));
+                        return Err(Error::Hub(format!(
+                            "{at}: requested the bytes from {offset} on, but got {range:?}"
+                        )));
                     }
                     return Ok(Body { reader: Box::new(answer.into_body().into_reader()), offset, total });
                 }
@@ -181,7 +184,8 @@ impl Client {
         Err(Error::Hub(format!("{url}: more than {MAX_REDIRECTS} redirects")))
     }
 
-    /// One request, made again where the failure may pass: too many requests, a server in trouble, a connection that broke.
+    /// Sends a request, and repeats it after failures that may be temporary: too many requests, a server error, a lost
+    /// connection.
     fn request(&self, url: &str, ask: Ask) -> Result<Response<ureq::Body>> {
         let mut waits = Waits::default();
         loop {
@@ -223,7 +227,7 @@ impl Client {
         Error::Hub(format!("{url}: {why}"))
     }
 
-    /// Where an answer points to. From https only to https.
+    /// The URL that a response redirects to. An https endpoint may only redirect to https.
     fn redirect(&self, from: &str, answer: &Response<ureq::Body>) -> Result<String> {
         let fail = |why: &str| Err(Error::Hub(format!("{from}: {} {why}", answer.status().as_u16())));
         let Some(location) = header(answer, "location") else { return fail("redirects to nowhere") };
@@ -236,60 +240,62 @@ impl Client {
             location
         };
         match Origin::of(&target) {
-            None => fail("redirects to something that is not a URL of http or https"),
+            None => fail("redirects to something that is not an http or https URL"),
             Some(to) if self.origin.scheme == "https" && to.scheme != "https" => fail("redirects away from https"),
             Some(_) => Ok(target),
         }
     }
 }
 
-/// A header's value, if it is short and printable.
+/// A header's value, unless it is too long or contains other than visible ASCII characters.
 fn header(answer: &Response<ureq::Body>, name: &str) -> Option<String> {
     let value = answer.headers().get(name)?.to_str().ok()?.trim();
     (value.len() <= 4096).then(|| value.to_owned())
 }
 
-/// The repository is there, the file is not.
+/// Whether the repository exists but the file does not.
 fn missing(answer: &Response<ureq::Body>) -> bool {
     let code = header(answer, "x-error-code").unwrap_or_default();
     answer.status() == StatusCode::NOT_FOUND && !matches!(code.as_str(), "RepoNotFound" | "RevisionNotFound")
 }
 
-/// The connection broke, as it may on any network, before an answer came.
+/// Whether the connection was lost before a response arrived, which may happen on any network.
 fn broke(error: &ureq::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     matches!(error, ureq::Error::Io(e) if matches!(e.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof))
 }
 
-/// The status in the words of what to do about it.
+/// The error for a response that is not a success, with what to do about it.
 fn refusal(url: &str, answer: &Response<ureq::Body>) -> Error {
     let code = header(answer, "x-error-code").unwrap_or_default();
     let status = answer.status();
     let advice = match (status.as_u16(), code.as_str()) {
         (401, _) => {
-            "there is no such repository, or it is private: check the name, set HF_TOKEN to a token that may read it"
+            "there is no such repository, or it is private: check the name, or set HF_TOKEN to a token that may read it"
         }
         (403, _) => {
             "access is restricted: accept the model's terms on its page, and set HF_TOKEN to a token that may read it"
         }
         (404, "RevisionNotFound") => "there is no such branch, tag or commit",
         (404, "RepoNotFound") => "there is no such repository, or it is private (set HF_TOKEN)",
-        (404, _) => "the file was announced, but is not there",
-        (416, _) => "the file is shorter than was announced",
+        (404, _) => "the file was announced but does not exist",
+        (416, _) => "the file is shorter than announced",
         (429, _) => "too many requests",
-        (500.., _) => "the server has a problem, try again later",
-        _ => "not expected here",
+        (500.., _) => "the server has a problem; try again later",
+        _ => "unexpected status",
     };
     let retry = match header(answer, "retry-after") {
-        Some(after) if after.bytes().all(|b| b.is_ascii_digit()) => format!(", it asks to wait for {after} seconds"),
-        Some(after) => format!(", it asks to wait until {after:?}"),
+        Some(after) if after.bytes().all(|b| b.is_ascii_digit()) => {
+            format!("; the server asks to wait for {after} seconds")
+        }
+        Some(after) => format!("; the server asks to wait until {after:?}"),
         None => String::new(),
     };
     let reason = status.canonical_reason().unwrap_or_default();
     Error::Hub(format!("{url}: {} {reason}: {advice}{retry}", status.as_u16()))
 }
 
-/// How long to wait before the next try, and when to give up.
+/// Computes how long to wait before the next retry, and when to give up.
 #[derive(Default)]
 pub(super) struct Waits {
     tries: u32,
@@ -297,7 +303,7 @@ pub(super) struct Waits {
 }
 
 impl Waits {
-    /// `None`: enough was tried. `asked`: what the server wants.
+    /// The wait before the next retry, or `None` to give up. `asked` is the wait that the server asked for.
     pub fn next(&mut self, asked: Option<Duration>) -> Option<Duration> {
         let wait = asked.unwrap_or_else(|| FIRST_WAIT.saturating_mul(2_u32.saturating_pow(self.tries)));
         let waited = self.waited.saturating_add(wait);
@@ -309,7 +315,7 @@ impl Waits {
     }
 }
 
-/// Measures whether a download gets on.
+/// Measures whether a download is fast enough.
 pub(super) struct Pace {
     patience: Duration,
     since: Instant,
@@ -317,7 +323,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Notes some bytes; false: in a whole window there were too few.
+    /// Counts received bytes. Returns false if too few arrived during the last `patience`.
     pub fn keeps_up(&mut self, bytes: u64) -> bool {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.since.elapsed() < self.patience {

@@ -1,4 +1,5 @@
-//! The Hub on this machine: a small server that keeps, bends and breaks the protocol, and what is left in the cache.
+//! Tests with a small local server in place of the Hub that can also violate the protocol. They check the results and the
+//! contents of the cache.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -15,32 +16,32 @@ use candle_core::{Device, safetensors};
 use sha2::{Digest, Sha256};
 
 use super::{Hub, HubOptions, RepoId, snapshot};
-use crate::load;
+use crate::checkpoint;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const WEIGHTS: &str = "model.safetensors";
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// What the servers do wrong.
+/// How the servers misbehave.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     None,
-    /// Every answer of the Hub: a status and a header.
+    /// The Hub answers every request with a status and a header.
     Hub(u16, &'static str),
-    /// The Hub names the blob of the weights so.
+    /// The Hub sends this ETag for the weights.
     Etag(&'static str),
-    /// The host that sends the weights answers so.
+    /// The host that sends the weights answers with this status.
     Cdn(u16),
-    /// Half of the weights come, at every request.
+    /// Every request for the weights gets half of them.
     Short,
-    /// Half of the weights come at the first request.
+    /// The first request for the weights gets half of them.
     CutOnce,
     WrongBytes,
     TooMuch,
-    /// A byte now and then.
+    /// The weights arrive one byte at a time, with pauses.
     Slow,
-    /// From the Hub to the Hub, for ever.
+    /// The Hub redirects to itself forever.
     Circle,
 }
 
@@ -51,7 +52,7 @@ struct Request {
     has_token: bool,
 }
 
-/// A repository behind two hosts: the Hub, and the one that it sends us to for weights.
+/// A repository on two hosts: the Hub, and the host that it redirects to for weights.
 struct Site {
     files: Mutex<Files>,
     fault: Mutex<Fault>,
@@ -102,7 +103,7 @@ impl Site {
         *self.fault.lock().unwrap() = fault;
     }
 
-    /// The error of a `get` under a fault.
+    /// The error that `get` returns with a fault.
     fn refusal(&self, fault: Fault) -> String {
         self.set(fault);
         self.online().get(&id(), &mut ()).unwrap_err().to_string()
@@ -112,7 +113,7 @@ impl Site {
         self.hub.lock().unwrap().len() + self.cdn.lock().unwrap().len()
     }
 
-    /// The files of the cache but for locks, each path relative to the repository's folder.
+    /// The files in the cache except for locks, as paths relative to the repository's folder.
     fn cached(&self) -> Vec<String> {
         let folder = self.cache.path().join("hub").join("models--owner--model");
         let (mut found, mut folders) = (Vec::new(), vec![folder.clone()]);
@@ -129,7 +130,8 @@ impl Site {
         found
     }
 
-    /// The blob of the weights is absent, nothing half is there, and no revision points to what is incomplete.
+    /// Checks that the cache has no blob of the weights and no partial file, and that no revision points to an incomplete
+    /// snapshot.
     fn assert_no_weights(&self, fault: Fault) {
         let blob = sha256(&self.files.lock().unwrap()[WEIGHTS]);
         let bad =
@@ -245,7 +247,7 @@ fn sha256(bytes: &[u8]) -> String {
     snapshot::hex(hash)
 }
 
-/// A folder of the fixtures, as a repository.
+/// A folder of the fixtures as a repository.
 fn files(fixture: &str) -> Files {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(fixture);
     let names = ["config.json", "preprocessor_config.json", WEIGHTS];
@@ -256,7 +258,7 @@ fn timm() -> Files {
     files("timm/test_vit4")
 }
 
-/// The same weights in two files and an index.
+/// The same weights in two files with an index.
 fn sharded(mut files: Files) -> Files {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join(WEIGHTS);
@@ -281,20 +283,20 @@ fn every_layout_is_fetched_once_and_loads() {
     for files in [timm(), files("hf/vit_cls"), files("hf/dinov2_cls"), sharded(timm()), sharded(files("hf/vit_cls"))] {
         let site = Site::new(files.clone());
         let folder = site.online().get(&id(), &mut ()).unwrap();
-        let checkpoint = load::open(&folder).unwrap();
+        let checkpoint = checkpoint::open(&folder).unwrap();
         assert!(!checkpoint.weights.tensors().is_empty());
         for (name, bytes) in &files {
             assert_eq!(fs::read(folder.join(name)).unwrap(), *bytes, "{name}");
         }
 
-        // as Python's cache has it
+        // the layout of Python's cache
         let repo = site.cache.path().join("hub/models--owner--model");
         assert_eq!(fs::read_to_string(repo.join("refs/main")).unwrap(), COMMIT);
         assert_eq!(folder, repo.join("snapshots").join(COMMIT));
         let leftover = |f: &String| f.ends_with(".incomplete") || f.contains(".tmp");
         assert!(!site.cached().iter().any(leftover), "{:?}", site.cached());
 
-        // the second time nobody is asked
+        // the second time, no request is sent
         let before = site.requests();
         assert_eq!(site.online().get(&id(), &mut ()).unwrap(), folder);
         assert_eq!(site.offline().get(&id(), &mut ()).unwrap(), folder);
@@ -302,6 +304,31 @@ fn every_layout_is_fetched_once_and_loads() {
         let list = site.offline().list();
         assert_eq!(list.len(), 1);
         assert_eq!((&list[0].id, &list[0].folder), (&id(), &folder));
+    }
+}
+
+/// A model with two towers, and a text tower alone, come with what their tokenisers are made of.
+#[test]
+fn text_towers_come_with_their_tokenizers() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/two_tower");
+    for (name, wanted) in [
+        ("clip", &["merges.txt", "tokenizer_config.json", "vocab.json"][..]),
+        ("siglip", &["tokenizer.json", "tokenizer_config.json"]),
+        ("texts", &["merges.txt", "tokenizer_config.json", "vocab.json"]),
+    ] {
+        let read = |entry: fs::DirEntry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap());
+        let site = Site::new(fs::read_dir(folder.join(name)).unwrap().map(|entry| read(entry.unwrap())).collect());
+        let snapshot = site.online().get(&id(), &mut ()).unwrap();
+        let text = checkpoint::TextSource::open(&snapshot).unwrap().load(&Device::Cpu).unwrap();
+        assert_eq!(text.embed(&["a cat"]).unwrap().len(), 1);
+        let found: Vec<String> = site.cached().into_iter().filter(|f| f.starts_with("snapshots")).collect();
+        for file in wanted {
+            assert!(found.iter().any(|f| f.ends_with(&format!("/{file}"))), "{name}: {file} in {found:?}");
+        }
+        assert!(!found.iter().any(|f| f.ends_with("texts.json")), "{name}");
+        let before = site.requests();
+        assert_eq!(site.online().get(&id(), &mut ()).unwrap(), snapshot);
+        assert_eq!(site.requests(), before, "{name}: what is in the cache is not asked for again");
     }
 }
 
@@ -362,13 +389,13 @@ fn weights_that_do_not_come_whole_do_not_come_at_all() {
         site.assert_no_weights(fault);
 
         site.set(Fault::None);
-        load::open(&site.online().get(&id(), &mut ()).unwrap()).unwrap();
+        checkpoint::open(&site.online().get(&id(), &mut ()).unwrap()).unwrap();
     }
 }
 
 #[test]
 fn a_download_that_was_cut_is_taken_up_where_it_was() {
-    // in one run
+    // within one run
     let site = Site::new(timm());
     site.set(Fault::CutOnce);
     site.online().get(&id(), &mut ()).unwrap();
@@ -376,7 +403,7 @@ fn a_download_that_was_cut_is_taken_up_where_it_was() {
     let ranges: Vec<Option<usize>> = site.cdn.lock().unwrap().iter().map(|r| r.range).collect();
     assert_eq!(ranges, [None, Some(half)]);
 
-    // from an earlier run: what it left is right, or wrong and then forgotten
+    // in a later run, which keeps what an earlier one left if it is right and discards it if it is wrong
     for (byte, ok) in [(0, true), (1, false)] {
         let site = Site::new(timm());
         let weights = &timm()[WEIGHTS];
@@ -423,7 +450,7 @@ fn offline_opens_no_socket_and_says_how_to_fetch() {
 
 #[test]
 fn nobody_at_the_endpoint_is_told_at_once() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(); // closed again here
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap(); // the listener is dropped here
     let site = Site::new(timm());
     let hub = Hub::new(HubOptions { endpoint: format!("http://{free}"), ..site.options() }).unwrap();
     let error = hub.get(&id(), &mut ()).unwrap_err().to_string();

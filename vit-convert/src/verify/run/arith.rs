@@ -6,12 +6,15 @@ use std::sync::Arc;
 use candle_core::cpu::erf::erf_f64;
 use rayon::prelude::*;
 
-use super::value::{Data, Res, Value, broadcast_dims, is_float, wrap, zip, zip_into};
-use super::{Call, math, one};
-use crate::graph::{Attr, DType};
+use super::broadcast::{broadcast_dims, zip, zip_into};
+use super::call::{Call, one};
+use super::math;
+use super::shape::Res;
+use super::value::{Data, Value, is_float, wrap};
+use crate::onnx::graph::{Attr, DType};
 
-/// Applies a function to every element of a float, in its own width: an f32 graph is computed in f32, as the model that it
-/// is compared to.
+/// Applies a function to every element of a float in its own width: an f32 graph is computed in f32, like the model
+/// that it is compared with.
 pub(super) fn map(value: Value, f: impl Fn(f32) -> f32 + Sync, g: impl Fn(f64) -> f64 + Sync) -> Res<Value> {
     fn each<T: Copy + Send + Sync>(x: &mut Arc<Vec<T>>, f: impl Fn(T) -> T + Sync) {
         let parts = Arc::make_mut(x).par_chunks_mut(1 << 13);
@@ -26,28 +29,15 @@ pub(super) fn map(value: Value, f: impl Fn(f32) -> f32 + Sync, g: impl Fn(f64) -
     Ok(Value { dtype, dims, data }.rounded())
 }
 
-/// [`map`] of one formula in both widths; its parameters, given as doubles, have the width of `x`.
+/// [`map`] of one formula in both widths.
 macro_rules! real {
     ($value:expr, |$x:ident| $body:expr) => {
         map($value, |$x: f32| $body, |$x: f64| $body)
     };
-    ($value:expr, $args:expr, |$x:ident, $a:ident| $body:expr) => {{
-        let (wide, narrow): ([f64; 2], _) = ($args, $args.map(|a| a as f32));
-        map(
-            $value,
-            move |$x: f32| {
-                let $a = narrow;
-                $body
-            },
-            move |$x: f64| {
-                let $a = wide;
-                $body
-            },
-        )
-    }};
 }
 
-/// [`map`] of a function of doubles that is fit for vectors where f32 is kept, and of the library's where doubles are.
+/// [`map`] of a function of doubles: a vectorisable approximation for f32 values, and the library's function for f64
+/// values.
 macro_rules! double {
     ($value:expr, |$x:ident| $body:expr, $exact:expr) => {
         map(
@@ -88,11 +78,6 @@ pub(super) fn sigmoid(v: Value) -> Res<Value> {
     double!(v, |x| 1.0 / (1.0 + math::exp(-x)), |x| 1.0 / (1.0 + (-x).exp()))
 }
 
-/// `x`, and `αx` below 0
-pub(super) fn leaky(v: Value, alpha: f64) -> Res<Value> {
-    real!(v, [alpha, 0.], |x, a| if x < 0.0 { a[0] * x } else { x })
-}
-
 /// Functions of one real number.
 fn unary(call: &mut Call<'_>) -> Option<Res<Value>> {
     let op = call.node.op.as_str();
@@ -109,10 +94,6 @@ fn unary(call: &mut Call<'_>) -> Option<Res<Value>> {
         "Reciprocal" => |v| real!(v, |x| 1.0 / x),
         "Sigmoid" => sigmoid,
         "Erf" => |v| double!(v, |x| math::erf(x), erf_f64),
-        "Softplus" => |v| real!(v, |x| x.max(0.0) + (-x.abs()).exp().ln_1p()),
-        "Softsign" => |v| real!(v, |x| x / (1.0 + x.abs())),
-        "HardSwish" => |v| real!(v, |x| x * (x / 6.0 + 0.5).clamp(0.0, 1.0)),
-        "Mish" => |v| real!(v, |x| x * (x.max(0.0) + (-x.abs()).exp().ln_1p()).tanh()),
         "Gelu" => match call.str("approximate", "none") {
             Ok(a) if a == "none" => gelu,
             Ok(a) if a == "tanh" => gelu_tanh,
@@ -120,31 +101,9 @@ fn unary(call: &mut Call<'_>) -> Option<Res<Value>> {
             Err(e) => return Some(Err(e)),
         },
         "Swish" => return Some(call.float("alpha", 1.0).and_then(|alpha| quick_gelu(call.take(0)?, alpha))),
-        "Elu" | "LeakyRelu" | "Celu" | "ThresholdedRelu" | "HardSigmoid" | "Selu" => return Some(bent(call)),
         _ => return None,
     };
     Some(call.take(0).and_then(f))
-}
-
-/// Functions of one real number with parameters of their own.
-fn bent(call: &mut Call<'_>) -> Res<Value> {
-    let op = call.node.op.as_str();
-    let (first, second) = match op {
-        "LeakyRelu" => (0.01, 0.0),
-        "HardSigmoid" => (0.2, 0.5),
-        "Selu" => (1.673_263_2, 1.050_701),
-        _ => (1.0, 0.0),
-    };
-    let args = [call.float("alpha", first)?, call.float(if op == "Selu" { "gamma" } else { "beta" }, second)?];
-    let v = call.take(0)?;
-    match op {
-        "Elu" => real!(v, args, |x, a| if x < 0.0 { a[0] * x.exp_m1() } else { x }),
-        "LeakyRelu" => leaky(v, args[0]),
-        "Celu" => real!(v, args, |x, a| x.max(0.0) + (a[0] * (x / a[0]).exp_m1()).min(0.0)),
-        "ThresholdedRelu" => real!(v, args, |x, a| if x > a[0] { x } else { 0.0 }),
-        "HardSigmoid" => real!(v, args, |x, a| (a[0] * x + a[1]).clamp(0.0, 1.0)),
-        _ => real!(v, args, |x, a| a[1] * if x > 0.0 { x } else { a[0] * x.exp_m1() }),
-    }
 }
 
 /// `f(a, b)` for two values of one type.
@@ -152,7 +111,7 @@ pub(super) fn binary(a: &Value, b: &Value, op: &str) -> Res<Value> {
     combine(a.clone(), b.clone(), op)
 }
 
-/// As [`binary`]; the memory of an operand that nobody else holds is used again.
+/// Like [`binary`], but reuses the memory of an operand that has no other owner.
 pub(super) fn combine(a: Value, b: Value, op: &str) -> Res<Value> {
     if a.dtype != b.dtype {
         return Err(format!("its operands are {:?} and {:?}, they must be of one type", a.dtype, b.dtype));
@@ -164,7 +123,7 @@ pub(super) fn combine(a: Value, b: Value, op: &str) -> Res<Value> {
         (Data::F32(x), Data::F32(y)) => {
             let (x, y) = ((x, &a.dims[..]), (y, &b.dims[..]));
             let (dims, out) = match op {
-                // loops of their own for what every graph is full of
+                // separate loops for the common operators
                 "Add" => zip_into(x, y, |x, y| x + y),
                 "Sub" => zip_into(x, y, |x, y| x - y),
                 "Mul" => zip_into(x, y, |x, y| x * y),
@@ -226,7 +185,6 @@ fn float_op(op: &str) -> Option<Pair> {
         "Max" => both!(|x, y| if x.is_nan() || x > y { x } else { y }),
         "Min" => both!(|x, y| if x.is_nan() || x < y { x } else { y }),
         "FMod" => both!(|x, y| x % y),
-        "PRelu" => both!(|x, y| if x < 0.0 { x * y } else { x }),
         "Pow" => Some((
             |x, y| {
                 if y == 2.0 {
@@ -262,7 +220,7 @@ pub(super) fn cast(value: Value, to: DType) -> Res<Value> {
     let whole = !is_float(value.dtype);
     let Value { dims, data, .. } = value;
     let data = match (data, to) {
-        // an integer of ideal arithmetic stays what it is
+        // in ideal arithmetic an integer keeps its fraction
         (Data::F64(x), to) if whole && !is_float(to) => Data::F64(x),
         (Data::F64(x), DType::F64) => Data::F64(x),
         (Data::Int(x), DType::F64) => Data::F64(Arc::new(x.iter().map(|&x| x as f64).collect())),
@@ -280,34 +238,12 @@ pub(super) fn cast(value: Value, to: DType) -> Res<Value> {
     Ok(Value { dtype: to, dims, data }.rounded())
 }
 
-/// ONNX's number of an element type.
-pub(super) fn dtype_of(code: i64) -> Res<DType> {
-    Ok(match code {
-        1 => DType::F32,
-        2 => DType::U8,
-        3 => DType::I8,
-        4 => DType::U16,
-        5 => DType::I16,
-        6 => DType::I32,
-        7 => DType::I64,
-        9 => DType::Bool,
-        10 => DType::F16,
-        11 => DType::F64,
-        12 => DType::U32,
-        13 => DType::U64,
-        16 => DType::Bf16,
-        21 => DType::U4,
-        22 => DType::I4,
-        _ => return Err(format!("element type {code} is not supported")),
-    })
-}
-
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     if let Some(result) = unary(call) {
         return one(result);
     }
     let result = match call.node.op.as_str() {
-        op @ ("Add" | "Sub" | "Mul" | "Div" | "PRelu") => {
+        op @ ("Add" | "Sub" | "Mul" | "Div") => {
             if call.inputs.len() == 2 {
                 (|| {
                     let (a, b) = (call.take(0)?, call.take(1)?);
@@ -334,13 +270,10 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             }
             binary(call.input(0)?, call.input(1)?, if fmod { "FMod" } else { "Mod" })
         })(),
-        op @ ("Max" | "Min" | "Sum" | "Mean") => (|| {
+        op @ ("Max" | "Min" | "Sum") => (|| {
             let mut all = call.input(0)?.clone();
             for i in 1..call.inputs.len() {
                 all = binary(&all, call.input(i)?, if op == "Max" || op == "Min" { op } else { "Add" })?;
-            }
-            if op == "Mean" {
-                all = binary(&all, &Value::scalar(all.dtype, call.inputs.len() as f64), "Div")?;
             }
             Ok(all)
         })(),
@@ -420,15 +353,13 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             }
             Ok(Value::int(DType::Bool, v.dims.clone(), v.as_ints()?.iter().map(|&x| 1 - x).collect()))
         })(),
-        op @ ("IsNaN" | "IsInf") => (|| {
+        "IsNaN" => (|| {
             let v = call.input(0)?;
             if !is_float(v.dtype) {
                 return Err(format!("needs floats, found {:?}", v.dtype));
             }
-            let (neg, pos) = (call.int("detect_negative", 1)? != 0, call.int("detect_positive", 1)? != 0);
-            let nan = op == "IsNaN";
-            let is = |x: f64| if nan { x.is_nan() } else { x.is_infinite() && (if x > 0.0 { pos } else { neg }) };
-            Ok(Value::int(DType::Bool, v.dims.clone(), v.to_f64()?.into_iter().map(|x| i64::from(is(x))).collect()))
+            let is = v.to_f64()?.into_iter().map(|x| i64::from(x.is_nan()));
+            Ok(Value::int(DType::Bool, v.dims.clone(), is.collect()))
         })(),
         "Where" => (|| {
             let (c, a, b) = (call.input(0)?, call.input(1)?, call.input(2)?);
@@ -448,17 +379,10 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let to = call.input(1)?.dtype;
             cast(call.take(0)?, to)
         })(),
-        "Constant" => (|| {
-            let (name, attr) = call.node.attrs.iter().find(|(k, _)| k.starts_with("value")).ok_or("holds no value")?;
-            Ok(match attr {
-                Attr::Tensor(t) => call.constant(t)?,
-                Attr::Float(x) => Value::f32(vec![], vec![*x]),
-                Attr::Int(x) => Value::int(DType::I64, vec![], vec![*x]),
-                Attr::Floats(x) => Value::f32(vec![x.len()], x.clone()),
-                Attr::Ints(x) => Value::ints(x.clone()),
-                _ => return Err(format!("`{name}` is of a kind that has no rule")),
-            })
-        })(),
+        "Constant" => match call.node.attrs.get("value") {
+            Some(Attr::Tensor(t)) => call.constant(t),
+            _ => Err("a constant without numbers".into()),
+        },
         _ => return None,
     };
     one(result)

@@ -1,10 +1,12 @@
 //! Fused attention: ONNX's own (opset 23), ONNX Runtime's Attention and MultiHeadAttention.
 
-use super::value::{Res, Value, broadcast_dims};
-use super::{Call, arith, layout, linear, one, reduce};
-use crate::graph::DType;
+use super::call::{Call, one};
+use super::shape::Res;
+use super::value::Value;
+use super::{arith, layout, linear, reduce};
+use crate::onnx::graph::DType;
 
-/// What all spellings come down to. q `[B, H, S, D]`, k `[B, H, T, D]`, v `[B, H, T, E]`.
+/// The form that every spelling is reduced to: q `[B, H, S, D]`, k `[B, H, T, D]`, v `[B, H, T, E]`.
 struct Heads {
     q: Value,
     k: Value,
@@ -12,7 +14,6 @@ struct Heads {
     scale: f64,
     /// Added to the scores, broadcast to `[B, H, S, T]`.
     bias: Option<Value>,
-    softcap: f64,
 }
 
 impl Heads {
@@ -23,9 +24,6 @@ impl Heads {
             arith::combine(v, by, "Mul")
         };
         let mut scores = times(linear::matmul(call, self.q, kt)?, self.scale)?;
-        if self.softcap != 0.0 {
-            scores = times(arith::tanh(times(scores, 1.0 / self.softcap)?)?, self.softcap)?;
-        }
         if let Some(bias) = &self.bias {
             let dims = scores.dims.clone();
             scores = arith::combine(scores, bias.clone(), "Add")?;
@@ -37,7 +35,7 @@ impl Heads {
         let (rows, n) = (dims[..3].iter().product(), dims[3]);
         let masked = self.bias.is_some().then(|| scores.to_f64()).transpose()?;
         let mut weights = reduce::softmax(scores.with_dims(vec![rows, n])?, false)?;
-        // a query that may look at nothing gets nothing, not NaN
+        // a query whose keys are all masked gets zeros, not NaN
         if let Some(all) = masked.filter(|_| n > 0) {
             let sees: Vec<i64> =
                 all.chunks(n).map(|row| i64::from(row.iter().any(|&x| x != f64::NEG_INFINITY))).collect();
@@ -68,19 +66,6 @@ fn heads_attr(call: &Call<'_>, name: &str) -> Res<usize> {
     usize::try_from(call.int(name, 0)?).ok().filter(|&h| h > 0).ok_or_else(|| format!("`{name}` must be positive"))
 }
 
-/// −∞ where a query must not look ahead: `[S, T]`, the last query seeing all.
-fn causal(dtype: DType, s: usize, t: usize, shift: usize) -> Value {
-    let at = |i: usize| if i % t > i / t + shift { f64::NEG_INFINITY } else { 0.0 };
-    Value::reals(dtype, vec![s, t], (0..s * t).map(at).collect())
-}
-
-fn add_bias(bias: Option<Value>, more: Value) -> Res<Option<Value>> {
-    Ok(Some(match bias {
-        Some(b) => arith::binary(&b, &more, "Add")?,
-        None => more,
-    }))
-}
-
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     (call.node.op == "Attention").then(|| attention(call))
 }
@@ -104,22 +89,11 @@ fn attention(call: &mut Call<'_>) -> Res<Vec<Value>> {
     if q.dtype != k.dtype {
         return Err(format!("q is {:?}, k {:?}", q.dtype, k.dtype));
     }
-    if call.opt(6).is_some()
-        || call.int("qk_matmul_output_mode", 0)? != 0
-        || call.node.outputs.get(3).is_some_and(Option::is_some)
-    {
-        return Err("nonpad_kv_seqlen and qk_matmul_output have no rule".into());
+    let cached = (4..7).any(|i| call.opt(i).is_some()) || call.node.outputs.iter().skip(1).any(Option::is_some);
+    if cached || call.int("is_causal", 0)? != 0 || call.float("softcap", 0.0)? != 0.0 {
+        return Err("there is no rule for a cache of keys and values, a causal mask or a softcap".into());
     }
-    let past = if let (Some(pk), Some(pv)) = (call.opt(4), call.opt(5)) {
-        let past = pk.dims.get(2).copied().unwrap_or(0);
-        k = layout::concat(&[pk.clone(), k], 2)?;
-        v = layout::concat(&[pv.clone(), v], 2)?;
-        past
-    } else {
-        0
-    };
-    let present = (k.clone(), v.clone());
-    let (&[b, h, s, d], &[_, hk, t, _]) = (q.dims.as_slice(), k.dims.as_slice()) else {
+    let (&[b, h, _, d], &[_, hk, t, _]) = (q.dims.as_slice(), k.dims.as_slice()) else {
         return Err("needs rank 4".into());
     };
     if hk != h {
@@ -132,7 +106,7 @@ fn attention(call: &mut Call<'_>) -> Res<Vec<Value>> {
         };
         (k, v) = (repeat(&k)?, repeat(&v)?);
     }
-    let mut bias = match call.opt(3) {
+    let bias = match call.opt(3) {
         Some(m) if m.dtype == DType::Bool => {
             let (zero, never) = (Value::scalar(q.dtype, 0.0), Value::scalar(q.dtype, f64::NEG_INFINITY));
             Some(arith::select(m, &zero, &never)?)
@@ -140,28 +114,16 @@ fn attention(call: &mut Call<'_>) -> Res<Vec<Value>> {
         Some(m) => Some(m.clone()),
         None => None,
     };
-    if call.int("is_causal", 0)? != 0 {
-        bias = add_bias(bias, causal(q.dtype, s, t, past))?;
-    }
     let scale = call.opt_float("scale")?.unwrap_or_else(|| 1.0 / (d as f64).sqrt());
-    let softcap = call.float("softcap", 0.0)?;
-    let out = Heads { q, k, v, scale, bias, softcap }.run(call)?;
-    Ok(vec![if flat { from_heads(&out)? } else { out }, present.0, present.1])
+    let out = Heads { q, k, v, scale, bias }.run(call)?;
+    Ok(vec![if flat { from_heads(&out)? } else { out }])
 }
 
 pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
         "Attention" => (|| {
             let (x, w) = (call.take(0)?, call.take(1)?);
-            packed_attention(call, x, w, 2, 3, 5)
-        })(),
-        "QAttention" => (|| {
-            // int8 input and weights with their scales: (x − zx)·sx, (w − zw)·sw
-            let (x, w) = (call.take(0)?, call.take(1)?);
-            let (sx, sw) = (call.input(3)?.clone(), call.input(4)?.clone());
-            let x = super::quant::dequantize(&x, &sx, call.opt(6), 1)?;
-            let w = super::quant::dequantize(&w, &sw, call.opt(7), 1)?;
-            packed_attention(call, x, w, 2, 5, usize::MAX)
+            packed_attention(call, x, w)
         })(),
         "MultiHeadAttention" => multi_head(call),
         _ => return None,
@@ -169,13 +131,13 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
 }
 
 /// ORT's Attention: q, k and v by one product of `x [B, S, C]` with `w [C, 3·H·D]`.
-fn packed_attention(call: &mut Call<'_>, x: Value, w: Value, bias: usize, mask: usize, added: usize) -> Res<Value> {
+fn packed_attention(call: &mut Call<'_>, x: Value, w: Value) -> Res<Value> {
     let heads = heads_attr(call, "num_heads")?;
-    if call.opt(mask).is_some() || (mask == 3 && call.opt(4).is_some()) || call.int("do_rotary", 0)? != 0 {
-        return Err("mask, past and rotary have no rule".into());
+    if (3..call.inputs.len()).any(|i| call.opt(i).is_some()) || call.int("do_rotary", 0)? != 0 {
+        return Err("there is no rule for a mask, a cache, a bias of the scores or rotary positions".into());
     }
-    let projected = reduce::plus(linear::matmul(call, x, w)?, call.opt(bias))?;
-    let &[_, s, all] = projected.dims.as_slice() else {
+    let projected = reduce::plus(linear::matmul(call, x, w)?, call.opt(2))?;
+    let &[_, _, all] = projected.dims.as_slice() else {
         return Err(format!("needs rank 3, found {:?}", projected.dims));
     };
     let sizes = match call.ints("qkv_hidden_sizes")? {
@@ -188,34 +150,26 @@ fn packed_attention(call: &mut Call<'_>, x: Value, w: Value, bias: usize, mask: 
     }
     let part = |at: usize, n: usize| to_heads(&layout::narrow(&projected, 2, at, n)?, heads);
     let (q, k, v) = (part(0, dq)?, part(dq, dk)?, part(dq + dk, dv)?);
-    finish(call, q, k, v, added, s)
+    finish(call, q, k, v)
 }
 
-fn finish(call: &mut Call<'_>, q: Value, k: Value, v: Value, added: usize, s: usize) -> Res<Value> {
+fn finish(call: &mut Call<'_>, q: Value, k: Value, v: Value) -> Res<Value> {
+    if call.int("unidirectional", 0)? != 0 {
+        return Err("there is no rule for a causal mask".into());
+    }
     let d = q.dims.get(3).copied().unwrap_or(1).max(1);
     let scale = match call.float("scale", 0.0)? {
         0.0 => 1.0 / (d as f64).sqrt(),
         scale => scale,
     };
-    let mut bias = call.opt(added).cloned();
-    if let Some(b) = &bias {
-        let full = [q.dims[0], q.dims[1], s, k.dims[2]];
-        if broadcast_dims(&b.dims, &full)? != full {
-            return Err(format!("an attention bias of shape {:?}", b.dims));
-        }
-    }
-    if call.int("unidirectional", 0)? != 0 {
-        let t = k.dims[2];
-        bias = add_bias(bias, causal(q.dtype, s, t, t.saturating_sub(s)))?;
-    }
-    from_heads(&Heads { q, k, v, scale, bias, softcap: 0.0 }.run(call)?)
+    from_heads(&Heads { q, k, v, scale, bias: None }.run(call)?)
 }
 
-/// ORT's MultiHeadAttention: q, k, v given, packed `[B, S, H, 3, D]`, or k and v packed.
+/// ORT's MultiHeadAttention: q, k and v given, or packed as `[B, S, H, 3, D]`.
 fn multi_head(call: &mut Call<'_>) -> Res<Value> {
     let heads = heads_attr(call, "num_heads")?;
-    if call.opt(4).is_some() || (6..call.inputs.len()).any(|i| call.opt(i).is_some()) {
-        return Err("key_padding_mask and past have no rule".into());
+    if (4..call.inputs.len()).any(|i| call.opt(i).is_some()) {
+        return Err("there is no rule for a mask, a cache or a bias of the scores".into());
     }
     let query = call.input(0)?.clone();
     // [B, S, H, P, D] → P values [B, H, S, D]
@@ -232,7 +186,6 @@ fn multi_head(call: &mut Call<'_>) -> Res<Value> {
         let q = to_heads(&query, heads)?;
         let key = call.input(1)?;
         match key.rank() {
-            5 => [vec![q], unpack(key, 2)?].concat(),
             4 => vec![q, key.clone(), call.input(2)?.clone()],
             _ => vec![q, to_heads(key, heads)?, to_heads(call.input(2)?, heads)?],
         }
@@ -250,6 +203,5 @@ fn multi_head(call: &mut Call<'_>) -> Res<Value> {
         }
     }
     let (Some(v), Some(k), Some(q)) = (qkv.pop(), qkv.pop(), qkv.pop()) else { return Err("needs q, k and v".into()) };
-    let s = q.dims[2];
-    finish(call, q, k, v, 5, s)
+    finish(call, q, k, v)
 }

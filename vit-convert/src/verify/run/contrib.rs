@@ -1,8 +1,10 @@
 //! ONNX Runtime's fused operators (`com.microsoft`), but for attention and quantisation.
 
-use super::value::{Res, Value, count};
-use super::{Call, arith, linear, one, reduce};
-use crate::graph::DType;
+use super::call::{Call, one};
+use super::shape::{Res, count};
+use super::value::Value;
+use super::{arith, linear, reduce};
+use crate::onnx::graph::DType;
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
@@ -20,12 +22,6 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         }
         "FusedMatMul" | "TransposeMatMul" => fused_matmul(call),
         "FusedGemm" => linear::gemm(call).and_then(|v| activate(call, v)),
-        "FusedConv" => (|| {
-            let (x, w) = (call.take(0)?, call.take(1)?);
-            let bias = call.opt(2).cloned();
-            let out = reduce::plus(linear::conv(call, &x, &w, bias.as_ref())?, call.opt(3))?;
-            activate(call, out)
-        })(),
         _ => return None,
     })
 }

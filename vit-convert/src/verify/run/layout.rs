@@ -1,8 +1,10 @@
 //! Operators that move elements: shapes, views, joining, cutting, picking.
 
-use super::value::{Data, Res, Value, broadcast_dims, count, position, strides};
-use super::{Call, one};
-use crate::graph::{Attr, DType};
+use super::broadcast::broadcast_dims;
+use super::call::{Call, one};
+use super::shape::{Res, count, position, strides};
+use super::value::{Data, Value};
+use crate::onnx::graph::{Attr, DType};
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
@@ -22,9 +24,6 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         "Split" => return Some(split(call)),
         "Slice" => slice(call),
         "Gather" => gather(call),
-        "GatherElements" => gather_elements(call),
-        "GatherND" => gather_nd(call),
-        "ScatterND" => scatter_nd(call),
         "Expand" => (|| {
             let shape = sizes(call.input(1)?.as_ints()?)?;
             let v = call.input(0)?;
@@ -32,6 +31,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         })(),
         "Tile" => tile(call),
         "Pad" => pad(call),
+        "Resize" => resize(call),
         "Shape" => shape(call),
         "Size" => (|| Ok(Value::int(DType::I64, vec![], vec![call.input(0)?.len() as i64])))(),
         "Range" => range(call),
@@ -48,28 +48,6 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             fill.with_dims(vec![])?.broadcast(&dims)
         })(),
         "Trilu" => trilu(call),
-        "OneHot" => one_hot(call),
-        "EyeLike" => (|| {
-            let v = call.input(0)?;
-            let &[rows, cols] = v.dims.as_slice() else { return Err("needs a matrix".into()) };
-            let k = call.int("k", 0)?;
-            let dtype = match call.int("dtype", 0)? {
-                0 => v.dtype,
-                code => call.dtype(code)?,
-            };
-            let on = |i: usize| f64::from(u8::from((i % cols) as i64 - (i / cols) as i64 == k));
-            Ok(Value::reals(dtype, v.dims.clone(), (0..rows * cols).map(on).collect()))
-        })(),
-        "NonZero" => (|| {
-            let v = call.input(0)?;
-            let found: Vec<usize> =
-                v.to_f64()?.iter().enumerate().filter(|(_, x)| **x != 0.0).map(|(i, _)| i).collect();
-            let steps = strides(&v.dims);
-            let at = |axis: usize, i: usize| (i / steps[axis] as usize % v.dims[axis]) as i64;
-            let data = (0..v.rank()).flat_map(|a| found.iter().map(move |&i| at(a, i))).collect();
-            Ok(Value::int(DType::I64, vec![v.rank(), found.len()], data))
-        })(),
-        "DepthToSpace" | "SpaceToDepth" => blocks(call),
         _ => return None,
     })
 }
@@ -305,72 +283,6 @@ fn gather(call: &mut Call<'_>) -> Res<Value> {
     v.pick(dims, &|i| (i / inner / k * n + picked[i / inner % k]) * inner + i % inner)
 }
 
-fn gather_elements(call: &mut Call<'_>) -> Res<Value> {
-    let (v, at) = (call.input(0)?, call.input(1)?);
-    let axis = v.axis(call.int("axis", 0)?)?;
-    if at.rank() != v.rank() || (0..v.rank()).any(|i| i != axis && at.dims[i] > v.dims[i]) {
-        return Err(format!("indices of shape {:?} into {:?} along axis {axis}", at.dims, v.dims));
-    }
-    let picked = indices(at, v.dims[axis])?;
-    let (from, to) = (strides(&v.dims), strides(&at.dims));
-    let dims = at.dims.clone();
-    v.pick(dims.clone(), &|i| {
-        (0..dims.len())
-            .map(|a| from[a] as usize * if a == axis { picked[i] } else { i / to[a] as usize % dims[a] })
-            .sum()
-    })
-}
-
-/// Offsets that the last axis of an index tensor points to, and how many elements each covers.
-fn nd_offsets(v: &Value, at: &Value, batch: usize) -> Res<(Vec<usize>, usize)> {
-    let depth = at.dims.last().copied().ok_or("its indices have no axis")?;
-    if batch >= at.rank() || batch + depth > v.rank() || v.dims[..batch] != at.dims[..batch] {
-        return Err(format!("indices of shape {:?} into {:?}", at.dims, v.dims));
-    }
-    let steps = strides(&v.dims);
-    let size: usize = v.dims[batch + depth..].iter().product();
-    let per_batch: usize = at.dims[batch..at.rank() - 1].iter().product();
-    let batch_size: usize = v.dims[batch..].iter().product();
-    let rows: usize = at.dims[..at.rank() - 1].iter().product();
-    let all = at.as_ints()?;
-    let offset = |row: usize| -> Res<usize> {
-        let mut o = row.checked_div(per_batch).unwrap_or(0) * batch_size;
-        for (a, &i) in all[row * depth..(row + 1) * depth].iter().enumerate() {
-            o += position(i, v.dims[batch + a])? * steps[batch + a] as usize;
-        }
-        Ok(o)
-    };
-    Ok(((0..rows).map(offset).collect::<Res<Vec<_>>>()?, size))
-}
-
-fn gather_nd(call: &mut Call<'_>) -> Res<Value> {
-    let (v, at) = (call.input(0)?, call.input(1)?);
-    let batch = usize::try_from(call.int("batch_dims", 0)?).map_err(|_| "batch_dims is negative")?;
-    let (offsets, size) = nd_offsets(v, at, batch)?;
-    let depth = at.dims.last().copied().unwrap_or(0);
-    let dims = [&at.dims[..at.rank() - 1], &v.dims[batch + depth..]].concat();
-    v.pick(dims, &|i| offsets[i / size] + i % size)
-}
-
-fn scatter_nd(call: &mut Call<'_>) -> Res<Value> {
-    let (v, at, new) = (call.input(0)?, call.input(1)?, call.input(2)?);
-    if call.str("reduction", "none")? != "none" || new.dtype != v.dtype {
-        return Err("only replaces values by values of their type".into());
-    }
-    let (offsets, size) = nd_offsets(v, at, 0)?;
-    if new.len() != offsets.len() * size {
-        return Err(format!("updates of shape {:?} do not fit", new.dims));
-    }
-    let mut from: Vec<usize> = (0..v.len()).collect();
-    for (row, o) in offsets.iter().enumerate() {
-        for i in 0..size {
-            from[o + i] = v.len() + row * size + i;
-        }
-    }
-    let both = concat(&[v.clone().with_dims(vec![v.len()])?, new.clone().with_dims(vec![new.len()])?], 0)?;
-    both.pick(v.dims.clone(), &|i| from[i])
-}
-
 fn tile(call: &mut Call<'_>) -> Res<Value> {
     let v = call.input(0)?;
     let repeats = sizes(call.input(1)?.as_ints()?)?;
@@ -386,57 +298,35 @@ fn tile(call: &mut Call<'_>) -> Res<Value> {
 }
 
 fn pad(call: &mut Call<'_>) -> Res<Value> {
-    let pads = match call.list("pads", 1)? {
-        Some(p) => p,
-        None => call.ints("paddings")?.ok_or("has no pads")?,
-    };
-    let mode = call.str("mode", "constant")?;
-    let v = call.input(0)?;
-    let fill = match call.opt(2) {
-        Some(x) => x.one()?,
-        None => call.float("value", 0.0)?,
-    };
-    let axes = match call.opt(3) {
-        Some(a) => a.as_ints()?.iter().map(|&a| v.axis(a)).collect::<Res<Vec<_>>>()?,
+    let pads = call.list("pads", 1)?.ok_or("has no pads")?;
+    if pads.iter().any(|&p| p != 0) {
+        return Err(format!("there is no rule for padding by {pads:?}"));
+    }
+    call.take(0)
+}
+
+/// A resize to the size that is there, which leaves every pixel in its place under each of these transformations.
+fn resize(call: &mut Call<'_>) -> Res<Value> {
+    const KEEPING: [&str; 5] =
+        ["half_pixel", "pytorch_half_pixel", "half_pixel_symmetric", "align_corners", "asymmetric"];
+    let mode = call.str("coordinate_transformation_mode", "half_pixel")?;
+    if !KEEPING.contains(&mode.as_str()) || call.str("keep_aspect_ratio_policy", "stretch")? != "stretch" {
+        return Err(format!("there is no rule for a resize with the transformation `{mode}`"));
+    }
+    let axes = call.ints("axes")?;
+    let (scales, given) = if call.opset < 11 { (call.opt(1), None) } else { (call.opt(2), call.opt(3)) };
+    let (scales, given) = (scales.filter(|s| !s.is_empty()).cloned(), given.filter(|s| !s.is_empty()).cloned());
+    let v = call.take(0)?;
+    let axes = match axes {
+        Some(axes) => axes.iter().map(|&a| v.axis(a)).collect::<Res<Vec<_>>>()?,
         None => (0..v.rank()).collect(),
     };
-    if pads.len() != 2 * axes.len() {
-        return Err(format!("pads {pads:?} of {} axes", axes.len()));
-    }
-    let (mut before, mut dims) = (vec![0i64; v.rank()], v.dims.clone());
-    for (i, &a) in axes.iter().enumerate() {
-        before[a] = pads[i];
-        let d = (dims[a] as i64).checked_add(pads[i]).and_then(|d| d.checked_add(pads[i + axes.len()]));
-        dims[a] = d.and_then(|d| usize::try_from(d).ok()).ok_or_else(|| format!("pads {pads:?} of {:?}", v.dims))?;
-    }
-    count(&dims)?;
-    let (from, to) = (strides(&v.dims), strides(&dims));
-    // the fill stands behind the value's own elements
-    let flat = concat(&[v.clone().with_dims(vec![v.len()])?, Value::reals(v.dtype, vec![1], vec![fill])], 0)?;
-    if mode != "constant" && v.is_empty() || !matches!(mode.as_str(), "constant" | "edge" | "reflect" | "wrap") {
-        return Err(format!("mode `{mode}` of {:?}", v.dims));
-    }
-    let outside = v.len();
-    flat.pick(dims.clone(), &|i| {
-        let mut at = 0;
-        for a in 0..dims.len() {
-            let n = v.dims[a] as i64;
-            let x = (i / to[a] as usize % dims[a]) as i64 - before[a];
-            let x = match mode.as_str() {
-                "constant" if !(0..n).contains(&x) => return outside,
-                "edge" => x.clamp(0, n - 1),
-                "wrap" => x.rem_euclid(n),
-                "reflect" if n > 1 => {
-                    let p = x.rem_euclid(2 * n - 2);
-                    if p < n { p } else { 2 * n - 2 - p }
-                }
-                "reflect" => 0,
-                _ => x,
-            };
-            at += x as usize * from[a] as usize;
-        }
-        at
-    })
+    let keeps = match (scales, given) {
+        (Some(scales), _) => scales.len() == axes.len() && scales.to_f64()?.iter().all(|s| (s - 1.0).abs() < 1e-6),
+        (None, Some(given)) => axes.iter().map(|&a| v.dims[a]).eq(sizes(given.as_ints()?)?),
+        (None, None) => false,
+    };
+    if keeps { Ok(v) } else { Err(format!("there is no rule for a resize of {:?} to another size", v.dims)) }
 }
 
 fn shape(call: &mut Call<'_>) -> Res<Value> {
@@ -474,45 +364,4 @@ fn trilu(call: &mut Call<'_>) -> Res<Value> {
         let keep = if upper { c >= r.saturating_add(k) } else { c <= r.saturating_add(k) };
         if keep { i } else { outside }
     })
-}
-
-fn one_hot(call: &mut Call<'_>) -> Res<Value> {
-    let (at, depth, values) = (call.input(0)?, call.input(1)?.one()?, call.input(2)?);
-    let depth = if (1.0..1e9).contains(&depth) { depth as usize } else { return Err(format!("depth {depth}")) };
-    let axis = position(call.int("axis", -1)?, at.rank() + 1)?;
-    let mut dims = at.dims.clone();
-    dims.insert(axis, depth);
-    count(&dims)?;
-    let inner: usize = at.dims[axis..].iter().product();
-    let hot = at.to_f64()?;
-    values.pick(dims, &|i| {
-        let place = (i / inner % depth) as f64;
-        let x = hot[i / inner / depth * inner + i % inner];
-        usize::from(x == place || x + depth as f64 == place)
-    })
-}
-
-fn blocks(call: &mut Call<'_>) -> Res<Value> {
-    let v = call.input(0)?.clone();
-    let b = usize::try_from(call.int("blocksize", 0)?).ok().filter(|&b| b > 0).ok_or("has no blocksize")?;
-    let &[n, c, h, w] = v.dims.as_slice() else { return Err(format!("needs rank 4, found {:?}", v.dims)) };
-    if call.node.op == "SpaceToDepth" {
-        if call.str("mode", "DCR")? != "DCR" {
-            return Err("its mode has no rule".into());
-        }
-        if h % b != 0 || w % b != 0 {
-            return Err(format!("blocks of {b} do not fill {:?}", v.dims));
-        }
-        let split = v.with_dims(vec![n, c, h / b, b, w / b, b])?;
-        return split.permute(&[0, 3, 5, 1, 2, 4])?.with_dims(vec![n, c * b * b, h / b, w / b]);
-    }
-    if c % b != 0 || c / b % b != 0 {
-        return Err(format!("blocks of {b} do not fill {:?}", v.dims));
-    }
-    let k = c / b / b;
-    let ordered = match call.str("mode", "DCR")?.as_str() {
-        "DCR" => v.with_dims(vec![n, b, b, k, h, w])?.permute(&[0, 3, 4, 1, 5, 2])?,
-        _ => v.with_dims(vec![n, k, b, b, h, w])?.permute(&[0, 1, 4, 2, 5, 3])?,
-    };
-    ordered.with_dims(vec![n, k, h * b, w * b])
 }

@@ -1,9 +1,12 @@
-//! Products: MatMul, Gemm, Einsum, convolution, and pooling over windows.
+//! Products: MatMul, Gemm, Einsum and convolution.
 
 use candle_core::{Device, Tensor, WithDType};
 
-use super::value::{Data, Res, Value, broadcast_dims, count, is_float, position};
-use super::{Call, arith, layout, one, reduce};
+use super::broadcast::broadcast_dims;
+use super::call::{Call, one};
+use super::shape::{Res, count, position, strides};
+use super::value::{Data, Value, is_float};
+use super::{arith, layout, reduce};
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
@@ -18,7 +21,6 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let bias = call.opt(2).cloned();
             conv(call, &x, &w, bias.as_ref())
         })(),
-        "MaxPool" | "AveragePool" => pool(call),
         _ => return None,
     })
 }
@@ -218,7 +220,7 @@ fn einsum(call: &mut Call<'_>) -> Res<Value> {
 /// Repeated labels of one operand: its diagonal.
 fn diagonal(v: Value, labels: Vec<char>) -> Res<(Value, Vec<char>)> {
     let (mut dims, mut steps, mut names) = (vec![], vec![], vec![]);
-    for ((&d, s), c) in v.dims.iter().zip(super::value::strides(&v.dims)).zip(labels) {
+    for ((&d, s), c) in v.dims.iter().zip(strides(&v.dims)).zip(labels) {
         match names.iter().position(|n| *n == c) {
             Some(i) if dims[i] == d => steps[i] += s,
             Some(_) => return Err(format!("a label stands for axes of two sizes in {:?}", v.dims)),
@@ -297,7 +299,6 @@ impl Window {
             return Err(format!("pads {pads:?}"));
         }
         let auto = call.str("auto_pad", "NOTSET")?;
-        let ceil = call.int("ceil_mode", 0)? != 0;
         let (mut before, mut out) = (vec![], vec![]);
         for i in 0..n {
             let reach = (kernel[i] - 1)
@@ -317,12 +318,8 @@ impl Window {
             let room = (input[i] + total as usize)
                 .checked_sub(reach)
                 .ok_or_else(|| format!("a kernel of {kernel:?} over {input:?}"))?;
-            let mut places = if ceil { room.div_ceil(stride[i]) } else { room / stride[i] } + 1;
-            if ceil && (places - 1) * stride[i] >= input[i] + first as usize {
-                places -= 1;
-            }
             before.push(first);
-            out.push(places);
+            out.push(room / stride[i] + 1);
         }
         Ok(Self { input: input.to_vec(), kernel, stride, dilation, before, out })
     }
@@ -382,35 +379,6 @@ pub(super) fn conv(call: &mut Call<'_>, x: &Value, w: &Value, bias: Option<&Valu
     let out = if parts.len() == 1 { parts.remove(0) } else { layout::concat(&parts, 2)? };
     let out = reduce::plus(out, bias)?; // [n, places, m]
     out.permute(&[0, 2, 1])?.with_dims([&[n, m], &window.out[..]].concat())
-}
-
-fn pool(call: &mut Call<'_>) -> Res<Value> {
-    let x = call.input(0)?;
-    let &[n, c, ref space @ ..] = x.dims.as_slice() else { return Err(format!("needs channels, found {:?}", x.dims)) };
-    let kernel = layout::sizes(&call.ints("kernel_shape")?.ok_or("has no kernel_shape")?)?;
-    let window = Window::new(call, space, kernel)?;
-    let (image, k, places) = (count(space)?, count(&window.kernel)?, count(&window.out)?);
-    count(&[n, c, places, k])?;
-    let all = call.int("count_include_pad", 0)? != 0;
-    let max = call.node.op == "MaxPool";
-    if !max && all && call.int("ceil_mode", 0)? != 0 {
-        return Err("ceil_mode with count_include_pad has no rule".into());
-    }
-    let data = x.to_f64()?;
-    let value = |i: usize| {
-        let read = (0..k).filter_map(|k| window.at(i % places, k)).map(|p| data[i / places * image + p]);
-        if max {
-            return read.fold(f64::NEG_INFINITY, f64::max);
-        }
-        let (mut sum, mut count) = (0.0, 0);
-        for x in read {
-            sum += x;
-            count += 1;
-        }
-        sum / f64::from(if all { k as u32 } else { count })
-    };
-    let out = (0..n * c * places).map(value).collect();
-    Ok(Value::reals(x.dtype, [&[n, c], &window.out[..]].concat(), out))
 }
 
 /// Swaps two axes.

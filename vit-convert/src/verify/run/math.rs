@@ -1,4 +1,5 @@
-//! Loops over many numbers that the compiler makes vectors of, and eˣ, erf and tanh without a branch or a table for them.
+//! Loops over many numbers that the compiler makes vectors of, and eˣ, erf and tanh without a branch or a table for
+//! them.
 //!
 //! An f32 is computed as a double, so that these functions add nothing to the rounding of their result.
 

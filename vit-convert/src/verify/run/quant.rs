@@ -1,8 +1,10 @@
 //! Quantised operators: real number = (integer − zero point) · scale, rounded half to even and saturated.
 
-use super::value::{Data, Res, Value, is_float, range};
-use super::{Call, arith, layout, linear, one, reduce};
-use crate::graph::DType;
+use super::call::{Call, one};
+use super::shape::{Res, count, strides};
+use super::value::{Data, Value, is_float, range};
+use super::{arith, layout, linear, reduce};
+use crate::onnx::graph::DType;
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     one(match call.node.op.as_str() {
@@ -62,12 +64,8 @@ pub(super) fn run_contrib(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             let out = reduce::over_last(&x, axis, |v| reduce::softmax(v, false))?;
             quantize(call, &out, call.input(3)?, call.opt(4), -1, None)
         })(),
-        op @ ("QLinearSigmoid" | "QLinearLeakyRelu") => (|| {
-            let x = side(call, 0, -1)?;
-            let out = match op {
-                "QLinearSigmoid" => arith::sigmoid(x)?,
-                _ => arith::leaky(x, call.float("alpha", 0.01)?)?,
-            };
+        "QLinearSigmoid" => (|| {
+            let out = arith::sigmoid(side(call, 0, -1)?)?;
             quantize(call, &out, call.input(3)?, call.opt(4), -1, None)
         })(),
         "QLinearReduceMean" | "QLinearGlobalAveragePool" => (|| {
@@ -138,7 +136,8 @@ fn scale64(v: &Value) -> Res<Value> {
     if is_float(v.dtype) { arith::cast(v.clone(), DType::F64) } else { Err(format!("a scale of {:?}", v.dtype)) }
 }
 
-/// Value, scale and zero point from three inputs in a row, as doubles: sums of the fused operators are exact in ORT too.
+/// Value, scale and zero point from three inputs in a row, as doubles: sums of the fused operators are exact in ORT
+/// too.
 fn side(call: &Call<'_>, i: usize, axis: i64) -> Res<Value> {
     let v = minus(call.input(i)?, call.opt(i + 2), axis)?;
     let scale = along(&scale64(call.input(i + 1)?)?, &v, axis)?;
@@ -189,7 +188,7 @@ fn unblock(p: &Value, v: &Value, axis: i64, block: i64) -> Res<Value> {
     {
         return Err(format!("blocks of {block} along axis {axis} of {:?} have scales of shape {:?}", v.dims, p.dims));
     }
-    let (from, to) = (super::value::strides(&p.dims), super::value::strides(&v.dims));
+    let (from, to) = (strides(&p.dims), strides(&v.dims));
     p.pick(v.dims.clone(), &|i| {
         let place = |a: usize| i / to[a] as usize % v.dims[a] / if a == axis { block } else { 1 };
         (0..v.rank()).map(|a| place(a) * from[a] as usize).sum()
@@ -287,7 +286,7 @@ fn n_bits(call: &mut Call<'_>) -> Res<Value> {
     let (a, b, scales) = (call.input(0)?, call.input(1)?, call.input(2)?);
     let blocks = k.div_ceil(block);
     let bytes = (block * bits).div_ceil(8);
-    super::value::count(&[n, k])?;
+    count(&[n, k])?;
     if b.len() != n * blocks * bytes || b.dtype != DType::U8 || scales.len() != n * blocks {
         return Err(format!(
             "B of shape {:?} and scales of shape {:?} for K {k}, N {n}, blocks of {block}",

@@ -1,12 +1,14 @@
-//! Operators over an axis: reductions, softmax, norms, pooling over all places, ArgMax, TopK.
+//! Operators over an axis: reductions, softmax, norms, global pooling, ArgMax, TopK.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::value::{Data, Res, Value, count, is_float};
-use super::{Call, arith, math, one};
-use crate::graph::DType;
+use super::call::{Call, one};
+use super::shape::{Res, count};
+use super::value::{Data, Value, is_float};
+use super::{arith, math};
+use crate::onnx::graph::DType;
 
 pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
     let op = call.node.op.as_str();
@@ -40,30 +42,8 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         })(),
         "LayerNormalization" => return Some(layer_norm(call)),
         "RMSNormalization" | "SimplifiedLayerNormalization" => rms_norm(call),
-        "BatchNormalization" => batch_norm(call),
-        "InstanceNormalization" => (|| {
-            let v = call.input(0)?;
-            let eps = call.float("epsilon", 1e-5)?;
-            let [n, c, ..] = v.dims[..] else { return Err(format!("needs channels, found {:?}", v.dims)) };
-            let flat = v.clone().with_dims(vec![n, c, v.dims[2..].iter().product()])?;
-            let normed = norm_last(flat, eps, true)?.0.with_dims(v.dims.clone())?;
-            per_channel(&normed, call.input(1)?, call.input(2)?)
-        })(),
-        "GroupNormalization" => (|| {
-            let v = call.input(0)?;
-            let eps = call.float("epsilon", 1e-5)?;
-            let groups = usize::try_from(call.int("num_groups", 0)?).unwrap_or(0);
-            let [n, c, ..] = v.dims[..] else { return Err(format!("needs channels, found {:?}", v.dims)) };
-            if groups == 0 || c % groups != 0 || call.opset < 21 {
-                return Err(format!("{groups} groups of {c} channels at opset {}", call.opset));
-            }
-            let flat = v.clone().with_dims(vec![n, groups, v.len() / n.max(1) / groups])?;
-            let normed = norm_last(flat, eps, true)?.0.with_dims(v.dims.clone())?;
-            per_channel(&normed, call.input(1)?, call.input(2)?)
-        })(),
-        "ArgMax" | "ArgMin" => arg_max(call),
+        "ArgMax" => arg_max(call),
         "TopK" => return Some(top_k(call)),
-        "CumSum" => cum_sum(call),
         _ => return None,
     })
 }
@@ -96,7 +76,7 @@ fn rows_of(v: &Value, axes: &[usize]) -> Res<Value> {
     moved.with_dims(vec![rows, n])
 }
 
-/// A reduction, by ONNX's name without its `Reduce`. Sums are f64, so that their order does not show.
+/// A reduction, by ONNX's name without `Reduce`. Sums are f64, so that their order does not matter.
 pub(super) fn reduce(v: &Value, axes: &[usize], kind: &str, keep: bool) -> Res<Value> {
     let m = rows_of(v, axes)?;
     let n = m.dims[1];
@@ -125,15 +105,8 @@ pub(super) fn reduce(v: &Value, axes: &[usize], kind: &str, keep: bool) -> Res<V
         "Prod" => |r, _| r.product(),
         "Max" => |r, _| r.fold(f64::NEG_INFINITY, |a, b| if b.is_nan() || b > a { b } else { a }),
         "Min" => |r, _| r.fold(f64::INFINITY, |a, b| if b.is_nan() || b < a { b } else { a }),
-        "L1" => |r, _| r.map(f64::abs).sum(),
         "L2" => |r, _| r.map(|x| x * x).sum::<f64>().sqrt(),
         "SumSquare" => |r, _| r.map(|x| x * x).sum(),
-        "LogSum" => |r, _| r.sum::<f64>().ln(),
-        "LogSumExp" => |r, _| {
-            let all: Vec<f64> = r.collect();
-            let top = all.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            top + all.iter().map(|x| (x - top).exp()).sum::<f64>().ln()
-        },
         _ => return Err(format!("there is no rule for Reduce{kind}")),
     };
     let out: Vec<f64> = match &m.data {
@@ -190,14 +163,14 @@ pub(super) fn softmax(v: Value, log: bool) -> Res<Value> {
     Ok(Value { dtype, dims, data }.rounded())
 }
 
-/// The rows of a value over its last axis brought to mean 0 (where `centred`) and mean square 1; also 1/σ and the mean.
+/// Normalises the rows of a value to mean 0 (if `centred`) and mean square 1; also returns 1/σ and the mean.
 pub(super) fn norm_last(v: Value, eps: f64, centred: bool) -> Res<(Value, Vec<f64>, Vec<f64>)> {
     let n = v.dims.last().copied().ok_or("needs an axis")?;
     if v.is_empty() {
         return Err(format!("has nothing to norm in {:?}", v.dims));
     }
     let Value { dtype, dims, mut data } = v;
-    // the mean first, so that a large one does not swallow the variance
+    // the mean is subtracted first, because a large mean would cancel the digits of the variance
     let stats = |sum: f64, squares: &dyn Fn(f64) -> f64| {
         let mean = if centred { sum / n as f64 } else { 0.0 };
         (1.0 / (squares(mean) / n as f64 + eps).sqrt(), mean)
@@ -269,39 +242,10 @@ fn rms_norm(call: &mut Call<'_>) -> Res<Value> {
     affine(normed.with_dims(dims)?, call.input(1)?, None)
 }
 
-/// `x · scale + bias`, each with one value per channel (axis 1).
-fn per_channel(v: &Value, scale: &Value, bias: &Value) -> Res<Value> {
-    let mut dims = vec![1; v.rank()];
-    dims[1] = v.dims[1];
-    let scaled = arith::binary(v, &scale.clone().with_dims(dims.clone())?, "Mul")?;
-    arith::combine(scaled, bias.clone().with_dims(dims)?, "Add")
-}
-
-fn batch_norm(call: &mut Call<'_>) -> Res<Value> {
-    let v = call.input(0)?;
-    if call.int("training_mode", 0)? != 0 {
-        return Err("is in training mode".into());
-    }
-    if v.rank() < 2 {
-        return Err(format!("needs channels, found {:?}", v.dims));
-    }
-    let eps = call.float("epsilon", 1e-5)?;
-    let (scale, bias) = (call.input(1)?.to_f64()?, call.input(2)?.to_f64()?);
-    let (mean, var) = (call.input(3)?.to_f64()?, call.input(4)?.to_f64()?);
-    let c = v.dims[1];
-    if [scale.len(), bias.len(), mean.len(), var.len()] != [c; 4] {
-        return Err(format!("statistics of other lengths than {c} channels"));
-    }
-    let by: Vec<f64> = scale.iter().zip(&var).map(|(s, v)| s / (v + eps).sqrt()).collect();
-    let plus = (0..c).map(|i| bias[i] - mean[i] * by[i]).collect();
-    per_channel(v, &Value::reals(v.dtype, vec![c], by), &Value::reals(v.dtype, vec![c], plus))
-}
-
 fn arg_max(call: &mut Call<'_>) -> Res<Value> {
     let v = call.input(0)?;
     let axis = v.axis(call.int("axis", 0)?)?;
     let (keep, last) = (call.int("keepdims", 1)? != 0, call.int("select_last_index", 0)? != 0);
-    let sign = if call.node.op == "ArgMax" { 1.0 } else { -1.0 };
     let m = rows_of(v, &[axis])?;
     let n = m.dims[1];
     if n == 0 {
@@ -311,7 +255,7 @@ fn arg_max(call: &mut Call<'_>) -> Res<Value> {
     let best = |row: &[f64]| {
         let mut best = 0;
         for (i, &x) in row.iter().enumerate() {
-            if x * sign > row[best] * sign || (last && x == row[best]) {
+            if x > row[best] || (last && x == row[best]) {
                 best = i;
             }
         }
@@ -357,51 +301,10 @@ fn top_k(call: &mut Call<'_>) -> Res<Vec<Value>> {
     Ok(vec![values.permute(&back)?, at.permute(&back)?])
 }
 
-fn cum_sum(call: &mut Call<'_>) -> Res<Value> {
-    let axis = call.input(1)?.one_int()?;
-    let (exclusive, reverse) = (call.int("exclusive", 0)? != 0, call.int("reverse", 0)? != 0);
-    let v = call.input(0)?;
-    over_last(v, v.axis(axis)?, |m| {
-        let n = m.dims[1].max(1);
-        let mut x = m.to_f64()?;
-        for row in x.chunks_mut(n) {
-            if reverse {
-                row.reverse();
-            }
-            let mut sum = 0.0;
-            for x in row.iter_mut() {
-                let next = sum + *x;
-                *x = if exclusive { sum } else { next };
-                sum = next;
-            }
-            if reverse {
-                row.reverse();
-            }
-        }
-        Ok(Value::reals(m.dtype, m.dims.clone(), x))
-    })
-}
-
-/// `a + b` where `b` may be absent.
+/// `a + b`, or `a` if `b` is absent.
 pub(super) fn plus(a: Value, b: Option<&Value>) -> Res<Value> {
     match b {
         Some(b) => arith::combine(a, b.clone(), "Add"),
         None => Ok(a),
     }
-}
-
-/// Maps every row along an axis to a row of another length, in doubles.
-pub(super) fn over_last_sized(v: &Value, axis: usize, n: usize, f: impl Fn(&[f64], &mut [f64])) -> Res<Value> {
-    let mut perm: Vec<usize> = (0..v.rank()).filter(|&a| a != axis).collect();
-    perm.push(axis);
-    let moved = v.permute(&perm)?;
-    let mut dims = moved.dims.clone();
-    let len = std::mem::replace(dims.last_mut().ok_or("needs an axis")?, n);
-    let mut out = vec![0.0; count(&dims)?];
-    if n > 0 && len > 0 {
-        moved.to_f64()?.chunks(len).zip(out.chunks_mut(n)).for_each(|(a, b)| f(a, b));
-    }
-    let mut back = vec![0; perm.len()];
-    perm.iter().enumerate().for_each(|(i, &p)| back[p] = i);
-    Value::reals(v.dtype, dims, out).permute(&back)
 }

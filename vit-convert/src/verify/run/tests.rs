@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::value::Data;
 use super::*;
-use crate::graph::{DType, ValueInfo};
+use crate::onnx::graph::{DType, ValueInfo};
 
 /// One node of a default-domain operator, run over `inputs`.
 fn node(op: &str, opset: i64, attrs: &[(&str, Attr)], inputs: &[Value], outputs: usize) -> Result<Vec<Value>, Error> {
@@ -155,9 +156,9 @@ fn sizes_are_checked_before_anything_is_allocated() {
     assert!(node("MatMul", 17, &[], &[v, t], 1).unwrap_err().to_string().contains("limit"));
 }
 
-#[test]
-fn a_loop_carries_and_scans() {
-    // for i in 0..4 { s += i; scan s }
+/// A graph of two inputs and two outputs: `sum = a + b`, and `picked`, which an If takes from one of two bodies. The
+/// body that is not taken, and a node that no output needs, hold an operator without a rule.
+fn branching() -> Graph {
     let info = |id| ValueInfo { id, dtype: None, shape: None };
     let op = |op: &str, inputs: &[ValueId], outputs: &[ValueId], attrs: BTreeMap<String, Attr>| Node {
         name: op.into(),
@@ -167,23 +168,56 @@ fn a_loop_carries_and_scans() {
         outputs: outputs.iter().copied().map(Some).collect(),
         attrs,
     };
-    let body = SubGraph {
-        inputs: vec![3, 4, 5],
-        outputs: vec![4, 6, 6],
-        initializers: BTreeMap::new(),
-        nodes: vec![op("Add", &[5, 3], &[6], BTreeMap::new())],
+    let none = BTreeMap::new;
+    let body = |node: Node, output| {
+        Attr::Graph(Box::new(SubGraph {
+            inputs: vec![],
+            outputs: vec![output],
+            initializers: BTreeMap::new(),
+            nodes: vec![node],
+        }))
     };
-    let attrs = BTreeMap::from([("body".to_string(), Attr::Graph(Box::new(body)))]);
-    let graph = Graph {
+    let attrs = BTreeMap::from([
+        ("then_branch".to_string(), body(op("Neg", &[3], &[5], none()), 5)),
+        ("else_branch".to_string(), body(op("Unknown", &[3], &[6], none()), 6)),
+    ]);
+    Graph {
         opset: 17,
-        names: (0..9).map(|i| format!("v{i}")).collect(),
+        names: (0..8).map(|i| format!("v{i}")).collect(),
         inputs: vec![info(0), info(1), info(2)],
-        outputs: vec![info(7), info(8)],
-        nodes: vec![op("Loop", &[0, 1, 2], &[7, 8], attrs)],
+        outputs: vec![info(3), info(4), info(7)],
+        nodes: vec![op("Add", &[1, 2], &[3], none()), op("If", &[0], &[4], attrs), op("Unknown", &[3], &[7], none())],
         ..Graph::default()
+    }
+}
+
+#[test]
+fn only_what_the_outputs_need_is_run() {
+    let graph = branching();
+    let bool = |x| Value::int(DType::Bool, vec![], vec![x]);
+    let run = |condition, outputs: &[ValueId]| {
+        let inputs = vec![bool(condition), f(&[2], &[1., 2.]), f(&[2], &[10., 20.])];
+        run_watched(&graph, inputs, outputs, Arithmetic::AsStored, &mut |_, _| {})
     };
-    let int = |x| Value::int(DType::I64, vec![], vec![x]);
-    let out = run(&graph, vec![int(4), flow::bool_value(true), int(0)]).unwrap();
-    assert_eq!(out[0].as_ints().unwrap(), [6]);
-    assert_eq!(out[1].as_ints().unwrap(), [0, 1, 3, 6]);
+    assert_eq!(floats(&run(0, &[3]).unwrap()[0]), [11., 22.]);
+    // in the order that they are asked for
+    let both = run(1, &[4, 3]).unwrap();
+    assert_eq!([floats(&both[0]), floats(&both[1])], [[-11., -22.], [11., 22.]]);
+    for outputs in [&[7][..], &[3, 7]] {
+        let error = run(1, outputs).unwrap_err().to_string();
+        assert!(error.contains("Unknown") && error.contains("no rule"), "{error}");
+    }
+    assert!(run(0, &[4]).unwrap_err().to_string().contains("Unknown"));
+}
+
+#[test]
+fn a_resize_or_padding_that_changes_the_size_has_no_rule() {
+    let x = f(&[1, 1, 2, 2], &[1., 2., 3., 4.]);
+    let (none, list) = (f(&[0], &[]), |n: &[f32]| f(&[n.len()], n));
+    let resize = |scales: Value| node("Resize", 17, &[], &[x.clone(), none.clone(), scales], 1);
+    assert_eq!(floats(&resize(list(&[1., 1., 1., 1.])).unwrap()[0]), [1., 2., 3., 4.]);
+    assert!(resize(list(&[1., 1., 2., 2.])).unwrap_err().to_string().contains("no rule"));
+    let pad = |pads: &[i64]| node("Pad", 17, &[], &[x.clone(), Value::ints(pads.to_vec())], 1);
+    assert_eq!(floats(&pad(&[0; 8]).unwrap()[0]), [1., 2., 3., 4.]);
+    assert!(pad(&[0, 0, 1, 0, 0, 0, 0, 0]).is_err());
 }

@@ -1,18 +1,13 @@
-//! Concrete values: three storages for fifteen element types, broadcasting, and the limits that come before allocation.
+//! Concrete values: three storages for fifteen element types, read and laid out anew.
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::math;
-use crate::graph::{DType, Tensor};
-
-/// Why a node cannot run: what it needs and what it has. The runner adds the node's name.
-pub(super) type Res<T> = Result<T, String>;
-
-/// Elements that one value may have: 2²⁸, a gigabyte of f32.
-pub const MAX_ELEMENTS: usize = 1 << 28;
+use super::broadcast::broadcast_strides;
+use super::shape::{Res, count, position, strides};
+use crate::onnx::graph::{DType, Tensor};
 
 /// Elements of a constant that a thread reads at once.
 const READ_AT_ONCE: usize = 1 << 18;
@@ -28,7 +23,7 @@ pub struct Value {
     pub data: Data,
 }
 
-/// Elements. f16 and bf16 are kept as the f32 numbers they stand for, every integer type and bool as i64.
+/// Elements. f16 and bf16 are stored as f32, every integer type and bool as i64.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub enum Data {
@@ -41,14 +36,6 @@ pub enum Data {
 /// Is this an element type of real numbers?
 pub fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::Bf16 | DType::F64)
-}
-
-/// The number of elements of a shape, if a value may have that many.
-pub fn count(dims: &[usize]) -> Res<usize> {
-    dims.iter()
-        .try_fold(1usize, |n, &d| n.checked_mul(d))
-        .filter(|&n| n <= MAX_ELEMENTS)
-        .ok_or_else(|| format!("a value of shape {dims:?} is over the limit of {MAX_ELEMENTS} elements"))
 }
 
 impl Value {
@@ -97,7 +84,7 @@ impl Value {
     pub fn read(tensor: &Tensor) -> Res<Self> {
         let n = count(&tensor.dims)?;
         if cfg!(target_endian = "little") && tensor.dtype == DType::F32 && tensor.data.len() == n * size_of::<f32>() {
-            // what a model's weights are: read in place
+            // the usual case for weights: no conversion is needed
             let mut data = vec![0f32; n];
             data.par_chunks_mut(READ_AT_ONCE).enumerate().for_each(|(i, part)| {
                 tensor.data.copy(i * READ_AT_ONCE * size_of::<f32>(), bytemuck::cast_slice_mut(part));
@@ -192,7 +179,7 @@ impl Value {
         self
     }
 
-    /// The value for ideal arithmetic: a half is the f32 that it stands for.
+    /// The value for ideal arithmetic: halves become f32.
     #[must_use]
     pub fn ideal(mut self) -> Self {
         if matches!(self.dtype, DType::F16 | DType::Bf16) {
@@ -233,14 +220,6 @@ impl Value {
         })
     }
 
-    /// The elements of a float, as f32 without a copy where they are kept so.
-    pub fn into_f32(self) -> Res<Vec<f32>> {
-        match self.data {
-            Data::F32(x) => Ok(Arc::try_unwrap(x).unwrap_or_else(|x| x.to_vec())),
-            _ => self.to_f32(),
-        }
-    }
-
     /// The elements of an integer or boolean tensor.
     pub fn as_ints(&self) -> Res<&[i64]> {
         match &self.data {
@@ -263,6 +242,11 @@ impl Value {
             [x] => Ok(*x),
             _ => Err(format!("needs one integer, found shape {:?}", self.dims)),
         }
+    }
+
+    /// Are its elements real numbers?
+    pub fn is_real(&self) -> bool {
+        is_float(self.dtype)
     }
 
     /// Rank, for tensors.
@@ -385,178 +369,4 @@ pub fn range(dtype: DType) -> Res<(f64, f64)> {
         DType::I32 => (i32::MIN as f64, i32::MAX as f64),
         _ => return Err(format!("{dtype:?} is no quantised type")),
     })
-}
-
-/// An axis attribute made a position among `rank` axes.
-pub fn position(axis: i64, rank: usize) -> Res<usize> {
-    let at = if axis < 0 { axis.checked_add(rank as i64).unwrap_or(-1) } else { axis };
-    if (0..rank as i64).contains(&at) { Ok(at as usize) } else { Err(format!("axis {axis} of a value of rank {rank}")) }
-}
-
-/// Row-major strides.
-pub fn strides(dims: &[usize]) -> Vec<isize> {
-    let mut strides = vec![1isize; dims.len()];
-    for i in (1..dims.len()).rev() {
-        strides[i - 1] = strides[i] * dims[i].max(1) as isize;
-    }
-    strides
-}
-
-/// The shape that both broadcast to, by NumPy's rule.
-pub fn broadcast_dims(a: &[usize], b: &[usize]) -> Res<Vec<usize>> {
-    let rank = a.len().max(b.len());
-    let at = |d: &[usize], i: usize| (i + d.len()).checked_sub(rank).map_or(1, |i| d[i]);
-    let dims = (0..rank).map(|i| match (at(a, i), at(b, i)) {
-        (x, y) if x == y => Ok(x),
-        (1, y) => Ok(y),
-        (x, 1) => Ok(x),
-        _ => Err(format!("shapes {a:?} and {b:?} do not broadcast")),
-    });
-    let dims = dims.collect::<Res<Vec<_>>>()?;
-    count(&dims)?;
-    Ok(dims)
-}
-
-/// Strides that read a value of shape `from` as if it had shape `to`: 0 where it repeats.
-pub fn broadcast_strides(from: &[usize], to: &[usize]) -> Res<Vec<isize>> {
-    let skip =
-        to.len().checked_sub(from.len()).ok_or_else(|| format!("shape {from:?} does not broadcast to {to:?}"))?;
-    let own = strides(from);
-    let mut out = vec![0; to.len()];
-    for (i, (&d, s)) in from.iter().zip(own).enumerate() {
-        if d == to[skip + i] {
-            out[skip + i] = if d == 1 { 0 } else { s };
-        } else if d != 1 {
-            return Err(format!("shape {from:?} does not broadcast to {to:?}"));
-        }
-    }
-    Ok(out)
-}
-
-/// How two operands are walked together: runs of elements, and where each begins in both.
-struct Walk {
-    /// Size, and steps in both operands; the last is the run.
-    axes: Vec<(usize, isize, isize)>,
-    run: (usize, isize, isize),
-}
-
-/// Elements that a thread takes at once.
-const AT_ONCE: usize = 1 << 13;
-
-impl Walk {
-    /// Over the shape that both broadcast to.
-    fn new(a: &[usize], b: &[usize], dims: &[usize]) -> Res<Self> {
-        // neighbouring axes that both operands walk alike are one, so that runs are long
-        let mut axes: Vec<(usize, isize, isize)> = Vec::new();
-        for ((&d, x), y) in dims.iter().zip(broadcast_strides(a, dims)?).zip(broadcast_strides(b, dims)?) {
-            if d == 1 {
-                continue;
-            }
-            match axes.last_mut() {
-                Some((n, lx, ly)) if *lx == x * d as isize && *ly == y * d as isize => (*n, *lx, *ly) = (*n * d, x, y),
-                _ => axes.push((d, x, y)),
-            }
-        }
-        let run = axes.pop().unwrap_or((1, 0, 0));
-        Ok(Self { axes, run })
-    }
-
-    /// Where a run begins.
-    #[inline]
-    fn at(&self, mut row: usize) -> (usize, usize) {
-        let (mut x, mut y) = (0, 0);
-        for &(d, sx, sy) in self.axes.iter().rev() {
-            x += (row % d) as isize * sx;
-            y += (row % d) as isize * sy;
-            row /= d;
-        }
-        (x as usize, y as usize)
-    }
-
-    /// `fill(run of the result, its places in the operands)` for all of it, on every thread; which one does not show.
-    fn each<C: Send>(&self, out: &mut [C], fill: impl Fn(&mut [C], usize, usize) + Sync) {
-        let (n, ix, iy) = self.run;
-        if out.is_empty() {
-            return;
-        }
-        let rows = if self.axes.is_empty() { 0 } else { AT_ONCE.div_ceil(n) };
-        out.par_chunks_mut(if rows == 0 { AT_ONCE } else { n * rows }).enumerate().for_each(|(c, out)| {
-            math::wide(|| {
-                // a lone run is cut where threads change
-                let parts = out.chunks_mut(if rows == 0 { AT_ONCE } else { n });
-                for (r, part) in parts.enumerate() {
-                    let (x, y) = match rows {
-                        0 => (c * AT_ONCE * ix as usize, c * AT_ONCE * iy as usize),
-                        _ => self.at(c * rows + r),
-                    };
-                    fill(part, x, y);
-                }
-            });
-        });
-    }
-}
-
-/// `f(a, b)` for every element of two values of one storage, broadcast; parallel, and the same for any thread count.
-pub fn zip<A, B, C>(a: (&[A], &[usize]), b: (&[B], &[usize]), f: impl Fn(A, B) -> C + Sync) -> Res<(Vec<usize>, Vec<C>)>
-where
-    A: Copy + Sync,
-    B: Copy + Sync,
-    C: Copy + Send + Default,
-{
-    let dims = broadcast_dims(a.1, b.1)?;
-    let walk = Walk::new(a.1, b.1, &dims)?;
-    let (_, ix, iy) = walk.run;
-    let mut out = vec![C::default(); dims.iter().product()];
-    walk.each(&mut out, |out, x, y| {
-        let n = out.len();
-        match (ix, iy) {
-            (1, 1) => out.iter_mut().zip(&a.0[x..x + n]).zip(&b.0[y..y + n]).for_each(|((o, &p), &q)| *o = f(p, q)),
-            (1, 0) => out.iter_mut().zip(&a.0[x..x + n]).for_each(|(o, &p)| *o = f(p, b.0[y])),
-            (0, 1) => out.iter_mut().zip(&b.0[y..y + n]).for_each(|(o, &q)| *o = f(a.0[x], q)),
-            _ => {
-                out.iter_mut()
-                    .enumerate()
-                    .for_each(|(i, o)| *o = f(a.0[x + i * ix as usize], b.0[y + i * iy as usize]));
-            }
-        }
-    });
-    Ok((dims, out))
-}
-
-/// As [`zip`], where the result may take the memory of an operand of its shape that nobody else holds.
-pub fn zip_into<T: Copy + Send + Sync + Default>(
-    mut a: (Arc<Vec<T>>, &[usize]),
-    mut b: (Arc<Vec<T>>, &[usize]),
-    f: impl Fn(T, T) -> T + Sync,
-) -> Res<(Vec<usize>, Arc<Vec<T>>)> {
-    /// `out = f(out, b)`, `out` having the shape of the result.
-    fn onto<T: Copy + Send + Sync>(
-        (out, dims): (&mut [T], &[usize]),
-        (b, b_dims): (&[T], &[usize]),
-        f: impl Fn(T, T) -> T + Sync,
-    ) -> Res<()> {
-        let walk = Walk::new(dims, b_dims, dims)?;
-        let (_, _, step) = walk.run;
-        walk.each(out, |out, _, y| match step {
-            1 => out.iter_mut().zip(&b[y..]).for_each(|(o, &q)| *o = f(*o, q)),
-            0 => out.iter_mut().for_each(|o| *o = f(*o, b[y])),
-            _ => out.iter_mut().zip(b[y..].iter().step_by(step as usize)).for_each(|(o, &q)| *o = f(*o, q)),
-        });
-        Ok(())
-    }
-    let dims = broadcast_dims(a.1, b.1)?;
-    if a.1 == dims
-        && let Some(out) = Arc::get_mut(&mut a.0)
-    {
-        onto((out, &dims), (&b.0, b.1), f)?;
-        return Ok((dims, a.0));
-    }
-    if b.1 == dims
-        && let Some(out) = Arc::get_mut(&mut b.0)
-    {
-        onto((out, &dims), (&a.0, a.1), |y, x| f(x, y))?;
-        return Ok((dims, b.0));
-    }
-    let (dims, out) = zip((&a.0, a.1), (&b.0, b.1), f)?;
-    Ok((dims, out.into()))
 }

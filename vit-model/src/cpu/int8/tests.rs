@@ -5,19 +5,26 @@ use proptest::prelude::*;
 use super::super::amx::{self, Amx, Registers, emulated::Emulated};
 use super::super::avx512::{Bf16, Dot};
 use super::super::buffer::Buffer;
+use super::super::copy::CopyRows;
 use super::super::kernel::Kernel;
-use super::super::linear::{Add, Job, Multiply as _, To, Widened};
-use super::super::pack::{Acts, Linear, Rows, Source};
-use super::*;
+use super::super::linear::{Add, LinearJob, LinearTo};
+use super::super::multiply::{Multiply as _, Widened};
+use super::super::packed::Form;
+use super::super::packing::pack_rows;
+use super::super::scale::{Scale, WIDEST, round};
+use super::super::tiles::{Acts, Rows};
+use super::mixed::Mixed;
+use super::tiled::Tiled;
+use super::vnni::Vnni;
 
 /// Tiles in emulation, and what the CPU has.
 fn kernels() -> Vec<Box<dyn Kernel>> {
-    fn tiled<T: amx::Tiles + 'static>(avx512: Dot) -> Box<dyn Kernel> {
-        Box::new(Mixed { floats: amx::Tiled::<T, false>::new(avx512), integers: Tiled::<T>::new(avx512) })
+    fn tiled<T: amx::Tiles>(proof: T::BytesProof) -> Box<dyn Kernel> {
+        Box::new(Mixed { floats: amx::Tiled::<T, false>::new(T::floats(proof)), integers: Tiled::<T>::new(proof) })
     }
     let mut all = Vec::new();
     all.extend(Dot::detect().map(tiled::<Emulated>));
-    all.extend(Amx::detect().filter(|amx| amx.has_bytes()).map(|amx| tiled::<Registers>(amx.avx512())));
+    all.extend(Amx::detect().and_then(Amx::bytes).map(tiled::<Registers>));
     if let Some(integers) = Vnni::detect() {
         all.push(Box::new(Mixed { floats: Widened(integers.simd()), integers }));
         all.extend(Dot::detect().map(|dot| Box::new(Mixed { floats: Bf16(dot), integers }) as Box<dyn Kernel>));
@@ -51,8 +58,8 @@ struct Layer {
 fn layer(kernel: &dyn Kernel, x: &[Vec<f32>], w: &[Vec<f32>], b: &[f32], gated: bool) -> Layer {
     let integers = kernel.integers().unwrap();
     let (rows, k, n, tile) = (x.len(), w[0].len(), w.len(), integers.shape().tile);
-    let source = Source { name: "layer".into(), second: None, scale: None, n, k, bias: true, gated };
-    let linear = Linear::pack(&source, kernel, integers.shape(), b, None, |run, out, stride| {
+    let form = Form { n, k, gated, shape: integers.shape() };
+    let linear = pack_rows(form, kernel, b, n, None, |run, out, stride| {
         for (row, out) in run.zip(out.chunks_mut(stride)) {
             out[..k].copy_from_slice(&w[row]);
         }
@@ -61,23 +68,31 @@ fn layer(kernel: &dyn Kernel, x: &[Vec<f32>], w: &[Vec<f32>], b: &[f32], gated: 
     .unwrap();
     let room = |shape| Buffer::new(Acts::bytes(shape, rows, k));
     let (wide, bytes) = (room(kernel.shape()), room(integers.shape()));
-    let wide_rows = Acts::new(wide.ptr(), kernel.shape(), rows, k);
-    let byte_rows = Acts::new(bytes.ptr(), integers.shape(), rows, k);
     let outputs = if gated { n / 2 } else { n };
-    let from = Buffer::new(Rows::bytes(1, k));
+    let from = Buffer::new(Rows::bytes(rows, k));
     let y = Buffer::new(Rows::bytes(rows, outputs));
-    let y_rows = Rows::new(y.ptr(), outputs);
+    // SAFETY: the buffers have these bytes and outlive the views
+    let (wide_rows, byte_rows, from_rows, y_rows) = unsafe {
+        (
+            Acts::new(wide.ptr(), kernel.shape(), rows, k),
+            Acts::new(bytes.ptr(), integers.shape(), rows, k),
+            Rows::new(from.ptr(), rows, k),
+            Rows::new(y.ptr(), rows, outputs),
+        )
+    };
     for (i, x) in x.iter().enumerate() {
-        // SAFETY: the buffer has room for a row
-        unsafe { from.ptr().cast::<f32>().copy_from_nonoverlapping(x.as_ptr(), k) };
-        let from = Rows::packed(from.ptr().cast(), 0);
-        kernel.copy(super::super::kernel::CopyRows { from, step: 1, first: 0, rows: i..i + 1, dim: k, to: wide_rows });
+        // SAFETY: the view has this row of `k` values
+        unsafe { from_rows.row(i).copy_from_nonoverlapping(x.as_ptr(), k) };
     }
-    integers.round(wide_rows, byte_rows, 0..rows);
-    let job = Job { linear: &linear, from: byte_rows, rows, act: None, to: To::Rows(y_rows, Add::Nothing) };
+    let job = LinearJob::new(&linear, byte_rows, rows, None, LinearTo::Rows(y_rows, Add::Nothing));
     let scratch = Buffer::new(kernel.linear_scratch());
     let _entered = kernel.enter();
-    (0..kernel.linear_units(&job, 2)).for_each(|unit| kernel.linear(&job, unit, 2, scratch.ptr().cast()));
+    // SAFETY: no other thread has the views, and the scratch is as large as the kernel asks for
+    unsafe {
+        kernel.copy(CopyRows::new(from_rows, (1, 0), 0..rows, k, wide_rows));
+        integers.round(wide_rows, byte_rows, 0..rows);
+        (0..kernel.linear_units(&job, 2)).for_each(|unit| kernel.linear(&job, unit, 2, scratch.ptr().cast()));
+    }
     let read = |row: usize, column: usize| {
         let at = byte_rows.left(row, column / 64).0.wrapping_add(row % tile * 64 + column % 64);
         // SAFETY: the buffer has the row and the column
@@ -88,7 +103,7 @@ fn layer(kernel: &dyn Kernel, x: &[Vec<f32>], w: &[Vec<f32>], b: &[f32], gated: 
         rounded: (0..rows)
             .map(|i| (unsafe { *byte_rows.scale(i) }, (0..k).map(|column| read(i, column)).collect()))
             .collect(),
-        // SAFETY: as above
+        // SAFETY: the buffer has these rows of `outputs` values
         y: (0..rows).map(|i| unsafe { std::slice::from_raw_parts(y_rows.row(i), outputs) }.to_vec()).collect(),
     }
 }
@@ -133,7 +148,8 @@ proptest! {
                     (above.min(least), above.max(most))
                 });
                 prop_assert!((253..=255).contains(&(most - least)), "row {i} uses {least} to {most}");
-                // of each output: of the integers, of what they stand for, how far apart they may be, the terms' size
+                // for each output: its value from the integers, its exact value, the largest allowed difference of the two,
+                // and the size of the terms
                 let output = |j: usize| {
                     let (step, column) = &columns[j];
                     let step = f64::from(*step);

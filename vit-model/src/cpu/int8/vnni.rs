@@ -1,13 +1,16 @@
-//! Bytes in vectors of AVX-512, whose `vpdpbusd` adds four products to each sum.
+//! Bytes in AVX-512 vectors, whose `vpdpbusd` adds four products to each sum.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::avx512::Avx512;
 use super::super::kernel::Integers;
-use super::super::linear::{F32, Multiply, Scales};
-use super::super::pack::{Acts, Elements, Product, Shape};
-use super::super::simd::{Ahead, Simd, for_each_column, register_tiles};
+use super::super::multiply::{F32, Multiply, Scales};
+use super::super::product::Product;
+use super::super::registers::{Ahead, for_each_column, register_tiles};
+use super::super::shape::{Elements, Shape};
+use super::super::simd::Simd;
+use super::super::tiles::Acts;
 use super::x86::{output, pack_fours, round_rows};
 
 /// Rows of a register tile.
@@ -20,7 +23,7 @@ const COLS: usize = Avx512::<false>::COLS;
 pub(crate) struct Vnni(Avx512);
 
 impl Vnni {
-    /// The proof, where it holds.
+    /// The proof, if the CPU has them.
     pub(crate) fn detect() -> Option<Self> {
         let avx512 = Avx512::detect()?;
         is_x86_feature_detected!("avx512vnni").then_some(Self(avx512))
@@ -30,10 +33,11 @@ impl Vnni {
 /// A register tile of `ROWS` rows.
 ///
 /// # Safety
-/// The CPU has the features; otherwise as [`Product`] says.
+/// The CPU has the features, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: the caller's; a chunk is 16 fours of each row, and of two runs of 16 columns
+    // SAFETY: the caller promises the features and the product, whose chunks are 16 fours of each row, and of two runs of 16
+    // columns
     unsafe {
         let mut a = p.a_tile(first, TILE).cast::<i32>();
         let mut b = p.b.cast::<__m512i>();
@@ -83,19 +87,19 @@ impl Multiply for Vnni {
 
     #[inline(always)]
     unsafe fn product(self, p: &Product<'_>) {
-        // SAFETY: `self` proves the features; the rest is the caller's
+        // SAFETY: `self` proves the features, and the caller promises the product
         unsafe { register_tiles!(rows[], p, steps: p.chunks, fewer: [1 2 3 4 5 6 7 8 9 10 11], whole: 12) }
     }
 
     #[inline(always)]
     unsafe fn pack_columns(self, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's; `self` proves the features
+        // SAFETY: `self` proves the features, and the caller promises the same of these pointers
         unsafe { pack_fours(from, stride, chunks, to) }
     }
 
     #[inline(always)]
     unsafe fn output(_: Avx512, scales: Scales, row: usize, sum: *const f32, bias: *const f32) -> __m512 {
-        // SAFETY: the caller's; `Avx512` proves the features
+        // SAFETY: the first argument proves the features, and the caller promises the same of these pointers
         unsafe { output(scales, row, sum, bias) }
     }
 }
@@ -105,8 +109,8 @@ impl Integers for Vnni {
         Self::SHAPE
     }
 
-    fn round(&self, from: Acts, to: Acts, rows: Range<usize>) {
-        // SAFETY: `self` proves the features; the plan has rows for both
+    unsafe fn round(&self, from: Acts, to: Acts, rows: Range<usize>) {
+        // SAFETY: `self` proves the features, and the caller excludes other threads
         unsafe { round_rows(from, to, rows) }
     }
 }

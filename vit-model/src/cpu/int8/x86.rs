@@ -1,99 +1,21 @@
-//! What kernels of integers share: the other layers' floats, rounding, and what follows a product.
+//! The operations that kernels of integers share: packing, rounding, and the output of a product.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::attention;
 use super::super::avx512::{RUN_BYTES, store_transposed};
-use super::super::kernel::{CopyRows, Entered, Integers, Kernel, Patches};
-use super::super::linear::{self, Multiply, Scales};
-use super::super::norm::NormRows;
-use super::super::pack::{Acts, CHUNK_BYTES, Elements, Shape};
-use super::{MAGIC, Scale};
+use super::super::multiply::Scales;
+use super::super::scale::{MAGIC, Scale};
+use super::super::shape::{CHUNK_BYTES, Elements};
+use super::super::tiles::Acts;
 
-/// A kernel that multiplies integers in the blocks' linear layers.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Mixed<F, I> {
-    pub(crate) floats: F,
-    pub(crate) integers: I,
-}
-
-impl<F: Multiply, I: Multiply + Integers> Kernel for Mixed<F, I> {
-    fn shape(&self) -> Shape {
-        F::SHAPE
-    }
-
-    fn integers(&self) -> Option<&dyn Integers> {
-        Some(&self.integers)
-    }
-
-    fn linear_scratch(&self) -> usize {
-        self.floats.linear_scratch().max(self.integers.linear_scratch())
-    }
-
-    fn attention_scratch(&self, keys: usize, dim: usize) -> usize {
-        self.floats.attention_scratch(keys, dim)
-    }
-
-    fn strips(&self) -> Option<Shape> {
-        self.floats.strips()
-    }
-
-    unsafe fn pack(&self, shape: Shape, from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
-        // SAFETY: the caller's
-        unsafe {
-            if shape == I::SHAPE {
-                self.integers.pack(shape, from, stride, chunks, to);
-            } else {
-                self.floats.pack(shape, from, stride, chunks, to);
-            }
-        }
-    }
-
-    fn enter(&self) -> Option<Entered> {
-        Kernel::enter(&self.floats)
-    }
-
-    fn linear_units(&self, job: &linear::Job<'_>, threads: usize) -> usize {
-        if job.linear.shape() == I::SHAPE {
-            self.integers.linear_units(job, threads)
-        } else {
-            self.floats.linear_units(job, threads)
-        }
-    }
-
-    fn linear(&self, job: &linear::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
-        if job.linear.shape() == I::SHAPE {
-            self.integers.linear(job, unit, threads, scratch);
-        } else {
-            self.floats.linear(job, unit, threads, scratch);
-        }
-    }
-
-    fn attention(&self, job: &attention::Job<'_>, unit: usize, threads: usize, scratch: *mut f32) {
-        Kernel::attention(&self.floats, job, unit, threads, scratch);
-    }
-
-    fn norm(&self, rows: NormRows<'_>) {
-        self.floats.norm(rows);
-    }
-
-    fn copy(&self, rows: CopyRows) {
-        self.floats.copy(rows);
-    }
-
-    fn patches(&self, patches: Patches<'_>) {
-        self.floats.patches(patches);
-    }
-}
-
-/// What a product in integers left at `sum` → the layer's output.
+/// A vector of a layer's output from the integer sums of its product.
 ///
 /// # Safety
-/// As [`Multiply::output`] says; the CPU has AVX-512 F.
+/// The CPU has AVX-512 F; otherwise what [`Multiply::output`](super::super::multiply::Multiply::output) asks for.
 #[inline(always)]
 pub(super) unsafe fn output(scales: Scales, row: usize, sum: *const f32, bias: *const f32) -> __m512 {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises the features, the row's scale, and a vector of sums, biases, scales and column sums
     unsafe {
         let (Scale { step, least }, padded) = (*scales.from.scale(row), scales.padded);
         let steps = _mm512_loadu_ps(bias.add(padded));
@@ -104,14 +26,14 @@ pub(super) unsafe fn output(scales: Scales, row: usize, sum: *const f32, bias: *
     }
 }
 
-/// Packs a panel of two runs in bytes, of integers in f32.
+/// Packs a panel of two runs in bytes, from integers in f32.
 ///
 /// # Safety
-/// As for [`Multiply::pack_columns`]; inlined where AVX-512 F is switched on.
+/// The CPU has AVX-512 F; otherwise what [`Multiply::pack_columns`](super::super::multiply::Multiply::pack_columns) asks for.
 #[inline(always)]
 pub(super) unsafe fn pack_fours(from: *const f32, stride: usize, chunks: usize, to: *mut u8) {
     for (chunk, run) in (0..chunks).flat_map(|chunk| [(chunk, 0), (chunk, 1)]) {
-        // SAFETY: the caller's
+        // SAFETY: the caller promises the features; run and chunk are inside what its pointers are valid for
         unsafe {
             let from = from.add(run * 16 * stride + chunk * 64);
             let fours = |row: usize, at: usize| {
@@ -131,19 +53,24 @@ pub(super) unsafe fn pack_fours(from: *const f32, stride: usize, chunks: usize, 
 
 /// Rows of floats → rows of bytes, and their scales.
 ///
+/// # Panics
+/// If one of the views does not contain the rows.
+///
 /// # Safety
-/// The CPU has the features; both sides have the rows, in tiles of as many, and as many columns. No other thread touches
-/// the eights of rows that these are in, where tiles are whole eights, else the fours.
+/// The CPU has the features. No other thread accesses the groups of eight rows of `to` that these rows are in, or writes those
+/// of `from`.
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) unsafe fn round_rows(from: Acts, to: Acts, rows: Range<usize>) {
     debug_assert!(from.shape().tile == to.shape().tile && to.shape().elements == Elements::Int8);
     let bf16 = from.shape().elements == Elements::Bf16;
     let eights = bf16 && to.shape().tile.is_multiple_of(8);
     let at_once = if eights { 8 } else { 4 };
+    assert!(from.contains(rows.end, 0) && to.contains(rows.end, 0), "rows are rounded outside their views");
     debug_assert!(rows.start.is_multiple_of(at_once) && to.shape().tile.is_multiple_of(at_once));
     for first in rows.step_by(at_once) {
         let (from, scales, to) = (Group::new(from, first), to.scale(first), Group::new(to, first));
-        // SAFETY: the caller's; a tile is whole in memory, even where it has fewer rows
+        // SAFETY: the caller promises the features and excludes other threads; the views contain the rows, as was checked above,
+        // in whole tiles, so in whole groups
         unsafe {
             if eights {
                 round_bf16::<8>(from, to, &mut *scales.cast());
@@ -156,8 +83,8 @@ pub(super) unsafe fn round_rows(from: Acts, to: Acts, rows: Range<usize>) {
     }
 }
 
-/// Rows beside each other in a tile. Several are read at once, as they come in memory: the chunks of one alone are as far
-/// apart as would be put in a few sets of the cache.
+/// Adjacent rows of a tile. Several are read at once in the order of memory, because the chunks of one row are so far apart
+/// that they would share a few sets of the cache.
 #[derive(Clone, Copy)]
 struct Group {
     start: *mut u8,
@@ -173,13 +100,13 @@ impl Group {
         Self { start, step: tile * CHUNK_BYTES, chunks: acts.chunks() }
     }
 
-    /// A chunk of a row; zeros behind the last.
+    /// A chunk of a row; zeros after the last.
     ///
     /// # Safety
-    /// The CPU has AVX-512 F; the row is alive.
+    /// The CPU has AVX-512 F, and the row is in memory that is valid for reading.
     #[inline(always)]
     unsafe fn chunk(self, i: usize, row: usize) -> __m512i {
-        // SAFETY: the caller's
+        // SAFETY: the caller promises the features and the row, which has `chunks` chunks
         unsafe {
             if i < self.chunks {
                 _mm512_loadu_si512(self.start.add(i * self.step + row * CHUNK_BYTES).cast())
@@ -190,14 +117,15 @@ impl Group {
     }
 }
 
-/// Rows of bf16. Their bits, but for the sign, are in their order, infinity and NaN above all: the largest bits are, read
-/// with a sign, the largest number's, and without one the smallest's, where there is one above or below zero.
+/// Rounds rows of bf16. Apart from the sign, the bits of floats are ordered as their values, with infinity and NaN at the end.
+/// So the largest bits as signed integers are those of the largest number, if any is positive, and the largest as unsigned
+/// integers those of the smallest, if any is negative.
 ///
 /// # Safety
-/// As [`round_rows`] says.
+/// What [`round_rows`] asks for, of these groups of `N` rows.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn round_bf16<const N: usize>(from: Group, to: Group, scales: &mut [Scale; N]) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises the features and both groups of rows, whose chunks are counted by `chunks`
     unsafe {
         let mut ends = [[_mm512_setzero_si512(); 2]; N];
         for i in 0..from.chunks {
@@ -217,7 +145,7 @@ unsafe fn round_bf16<const N: usize>(from: Group, to: Group, scales: &mut [Scale
         let (byte, word) = (_mm512_set1_epi32(0xff), _mm512_set1_epi32(0xffff));
         let order = std::array::from_fn::<u16, 32, _>(|i| (i % 16 * 2 + i / 16) as u16);
         let order = _mm512_loadu_si512(order.as_ptr().cast());
-        // bits of `a` where the mask has them, else of `b`
+        // bits of `a` where the mask has ones, and of `b` elsewhere
         let select = |mask, a, b| _mm512_ternarylogic_epi32::<0xca>(mask, a, b);
         for i in 0..to.chunks {
             for (row, &(inverse, off)) in factors.iter().enumerate() {
@@ -236,13 +164,13 @@ unsafe fn round_bf16<const N: usize>(from: Group, to: Group, scales: &mut [Scale
     }
 }
 
-/// Rows of f32, as [`round_bf16`] does it.
+/// Rounds rows of f32 as [`round_bf16`] does.
 ///
 /// # Safety
-/// As [`round_rows`] says.
+/// What [`round_rows`] asks for, of these groups of four rows.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn round_f32(from: Group, to: Group, scales: &mut [Scale; 4]) {
-    // SAFETY: the caller's
+    // SAFETY: the caller promises the features and both groups of rows, whose chunks are counted by `chunks`
     unsafe {
         let mut ends = [[_mm512_setzero_si512(); 2]; 4];
         for i in 0..from.chunks {
@@ -268,7 +196,7 @@ unsafe fn round_f32(from: Group, to: Group, scales: &mut [Scale; 4]) {
     }
 }
 
-/// Of the bits of the smallest number, if that is negative, and of the largest.
+/// The scale for the bits of the smallest number, if it is negative, and of the largest.
 fn scale(low: u32, high: u32) -> (Scale, f32, i32) {
     Scale::new(if low >> 31 == 1 { f32::from_bits(low) } else { 0.0 }, f32::from_bits(high))
 }

@@ -1,0 +1,298 @@
+//! Reads timm's config.json as a [`ModelInfo`]: the architecture's name, and what `model_args` overrides.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Map, Value};
+
+use crate::{
+    Activation, Config, MlpKind, ModelInfo, NormKind, Origin, Pool, PreprocessConfig,
+    checkpoint::class_names::{Named, by_number},
+    checkpoint::resized::{note, replaced, square_grid, with_positions},
+    names::{self, Architecture},
+    vit::pos_embed::{Resample, resample},
+    weights::{Weights, candle_dtype},
+};
+
+/// Arguments that have no effect at inference.
+const TRAINING: [&str; 12] = [
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+    "weight_init",
+    "fix_init",
+    "strict_img_size",
+    "drop_block_rate",
+    "pretrained",
+    "features_only",
+];
+
+/// Parts of the names of architectures whose entry point sets the image size itself and ignores `pretrained_cfg`.
+const OWN_SIZE: [&str; 2] = ["_radio_", "beit3_giant_patch14_336"];
+
+/// Whether a config.json is timm's: one without transformers' `model_type`, or of a timm model that transformers' Trainer
+/// saved.
+pub(in crate::checkpoint) fn describes(config: &Value) -> bool {
+    match config.get("model_type") {
+        None => true,
+        Some(kind) => kind == "timm_wrapper",
+    }
+}
+
+/// Reads timm's config.json, as in its Hub repositories and `local-dir:` folders.
+///
+/// # Errors
+/// The key that cannot be used, and why.
+pub(in crate::checkpoint) fn info(config: &Value) -> Result<ModelInfo, String> {
+    let name = text(config, "architecture")?.ok_or("has no `architecture`")?;
+    let Some(mut architecture) = Architecture::of(name) else {
+        let why = match names::nearest(name) {
+            Some(near) => format!("did you mean {near}?"),
+            None => "only timm's vision_transformer.py and deit.py are".into(),
+        };
+        return Err(format!("`architecture` {name:?} is not known; {why}"));
+    };
+    let cfg = config.get("pretrained_cfg").filter(|cfg| cfg.is_object()).unwrap_or(config);
+    let empty = Map::new();
+    let args = match config.get("model_args") {
+        None | Some(Value::Null) => &empty,
+        Some(Value::Object(args)) => args,
+        Some(other) => return Err(format!("`model_args` must be an object, found {other}")),
+    };
+    let c = &mut architecture.config;
+    if let Some(size) = cfg.get("input_size").filter(|size| !size.is_null()) {
+        let &[channels, h, w] = sizes(size, "input_size")?.as_slice() else {
+            return Err(format!("`input_size` must be [channels, height, width], found {size}"));
+        };
+        c.in_chans = channels;
+        if !OWN_SIZE.iter().any(|own| name.contains(own)) {
+            c.img_size = [h, w];
+        }
+    }
+    for source in [cfg, config] {
+        if let Some(classes) = source.get("num_classes").filter(|n| !n.is_null()) {
+            c.num_classes = size(classes, "num_classes")?;
+        }
+    }
+    if let Some(pool) = text(config, "global_pool")? {
+        c.global_pool = self::pool(pool)?;
+    }
+    for (key, value) in args {
+        set(&mut architecture, key, value).map_err(|why| format!("`model_args.{key}` {why}"))?;
+    }
+    let model = architecture.derive().config;
+    model.validate().map_err(|error| error.to_string())?;
+    let preprocess = PreprocessConfig::from_timm(config, &model).map_err(|error| error.to_string())?;
+    let (labels, note) = labels(config, &model)?;
+    let source = Origin::new().with_producer("timm").with_architecture(name);
+    let info = ModelInfo::new(model, preprocess).with_labels(labels).from_source(source);
+    Ok(match note {
+        Some(note) => info.assuming(note),
+        None => info,
+    })
+}
+
+/// Architectures that accept images of any size, because they resample their position embeddings for each
+/// (`dynamic_img_size`).
+const DYNAMIC: [&str; 4] = ["test_vit", "test_vit2", "test_vit4", "vit_intern300m_patch14_448"];
+/// The image size that timm builds a model for if nothing sets another.
+const DEFAULT_SIZE: usize = 224;
+
+/// The weights as timm uses them. timm builds a model of dynamic size for 224 pixels if its configuration does not fix a size.
+/// It resamples the position embeddings to that grid when it loads them, and from that grid to each image's.
+pub(in crate::checkpoint) fn loaded(
+    weights: Arc<dyn Weights>,
+    config: &Value,
+    info: &mut ModelInfo,
+) -> crate::Result<Arc<dyn Weights>> {
+    let model = &info.model;
+    // a table of another size is resampled when timm loads it, from the square that its length says
+    if model.pos_embed
+        && let Some(found) = weights.tensors().get("pos_embed")
+        && let &[1, tokens, width] = found.shape.as_slice()
+        && width == model.embed_dim
+        && tokens != model.pos_embed_len()
+        && let Some(from) = square_grid(tokens, model.pos_embed_prefix())
+    {
+        let weights = with_positions(weights, from, model, Resample::of(info))?;
+        *info = info.clone().assuming(note(from, &info.model));
+        return Ok(weights);
+    }
+    let args = config.get("model_args");
+    let cfg = config.get("pretrained_cfg").unwrap_or(config);
+    let is_true = |value: Option<&Value>| value.and_then(Value::as_bool) == Some(true);
+    let name = config.get("architecture").and_then(Value::as_str).unwrap_or_default();
+    let dynamic = match args.and_then(|args| args.get("dynamic_img_size")) {
+        Some(dynamic) => dynamic == &Value::Bool(true),
+        None => DYNAMIC.contains(&name.split('.').next().unwrap_or_default()),
+    };
+    let sized = args.is_some_and(|args| args.get("img_size").is_some_and(|size| !size.is_null()));
+    let built = Config { img_size: [DEFAULT_SIZE; 2], ..model.clone() };
+    if !dynamic || sized || is_true(cfg.get("fixed_input_size")) || built.grid() == model.grid() || !model.pos_embed {
+        return Ok(weights);
+    }
+    built.validate()?;
+    // if the table is missing or has another shape, `Checkpoint::new` reports it when it checks all names and shapes
+    let expected = [1, model.pos_embed_len(), model.embed_dim];
+    let Some(stored) = weights.tensors().get("pos_embed").filter(|stored| stored.shape == expected) else {
+        return Ok(weights);
+    };
+    let (here, there, prefix) = (model.grid(), built.grid(), model.pos_embed_prefix());
+    let bytes = weights.read("pos_embed")?;
+    let table = Tensor::from_raw_buffer(&bytes, candle_dtype(stored.dtype), &expected, &Device::Cpu)?;
+    let table = resample(&table, prefix, here, there, Resample::Bicubic)?; // rounded to the stored type, as timm does
+    let table = resample(&table.to_dtype(DType::F32)?, prefix, there, here, Resample::Bicubic)?;
+    replaced(weights, &table)
+}
+
+/// Applies one argument of timm's `VisionTransformer`.
+fn set(architecture: &mut Architecture, key: &str, value: &Value) -> Result<(), String> {
+    let c = &mut architecture.config;
+    let flag = || value.as_bool().ok_or_else(|| format!("must be true or false, found {value}"));
+    let number = || size(value, key).map_err(|_| format!("must be a whole number, found {value}"));
+    let name = || value.as_str().ok_or_else(|| format!("must be a name, found {value}"));
+    match key {
+        "img_size" => c.img_size = pair(value)?,
+        "patch_size" => c.patch_size = pair(value)?,
+        "in_chans" => c.in_chans = number()?,
+        "num_classes" => c.num_classes = number()?,
+        "embed_dim" => c.embed_dim = number()?,
+        "depth" => c.depth = number()?,
+        "num_heads" => c.num_heads = number()?,
+        "reg_tokens" => c.reg_tokens = number()?,
+        "mlp_ratio" => {
+            let ratio = value.as_f64().filter(|ratio| *ratio > 0.0 && *ratio < 1024.0);
+            architecture.mlp_ratio = ratio.ok_or_else(|| format!("must be a positive number, found {value}"))?;
+        }
+        "global_pool" => c.global_pool = pool(name()?)?,
+        "qkv_bias" => c.qkv_bias = flag()?,
+        "proj_bias" => c.proj_bias = flag()?,
+        "qk_norm" => c.qk_norm = flag()?,
+        "scale_attn_norm" => c.scale_attn_norm = flag()?,
+        "scale_mlp_norm" => c.scale_mlp_norm = flag()?,
+        "class_token" => c.class_token = flag()?,
+        "no_embed_class" => c.no_embed_class = flag()?,
+        "pool_include_prefix" => c.pool_include_prefix = flag()?,
+        "pre_norm" => c.pre_norm = flag()?,
+        "final_norm" => c.final_norm = flag()?,
+        "fc_norm" => architecture.fc_norm = if value.is_null() { None } else { Some(flag()?) },
+        "init_values" => c.layer_scale = !value.is_null(),
+        "pos_embed" => {
+            c.pos_embed = match name()? {
+                "learn" | "" => true,
+                "none" => false,
+                other => return Err(format!("{other:?} is not supported")),
+            }
+        }
+        "act_layer" => c.act = activation(name()?)?,
+        "norm_layer" => c.norm = norm(name()?)?,
+        "attn_layer" => {
+            c.diff_attn = match name()? {
+                "" => false,
+                "diff" => true,
+                other => return Err(format!("{other:?} is not supported")),
+            }
+        }
+        "mlp_layer" => {
+            c.mlp = match name()? {
+                "mlp" => MlpKind::Mlp,
+                "swiglu" => MlpKind::Swiglu,
+                "swiglupacked" => MlpKind::SwigluPacked,
+                other => return Err(format!("{other:?} is not supported")),
+            }
+        }
+        // these only say what timm does with an input of another size; this project can set any size
+        "dynamic_img_size" | "dynamic_img_pad" => drop(flag()?),
+        _ if TRAINING.contains(&key) || value.is_null() => {}
+        _ => return Err(format!("is not known (value {value})")),
+    }
+    Ok(())
+}
+
+fn activation(name: &str) -> Result<Activation, String> {
+    Ok(match name {
+        "gelu" => Activation::Gelu,
+        "gelu_tanh" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "quick_gelu" => Activation::QuickGelu,
+        "relu" => Activation::Relu,
+        "silu" | "swish" => Activation::Silu,
+        other => return Err(format!("{other:?} is not supported")),
+    })
+}
+
+fn norm(name: &str) -> Result<NormKind, String> {
+    Ok(match name {
+        "layernorm" => NormKind::LayerNorm,
+        "rmsnorm" => NormKind::RmsNorm,
+        other => return Err(format!("{other:?} is not supported")),
+    })
+}
+
+fn pool(name: &str) -> Result<Pool, String> {
+    Ok(match name {
+        "" => Pool::None,
+        "token" => Pool::Token,
+        "avg" => Pool::Avg,
+        "max" => Pool::Max,
+        "avgmax" => Pool::Avgmax,
+        "map" => Pool::Map,
+        other => return Err(format!("`global_pool` {other:?} is not known")),
+    })
+}
+
+fn labels(config: &Value, model: &Config) -> Result<Named, String> {
+    if model.num_classes == 0 {
+        return Ok((None, None));
+    }
+    // the Trainer of transformers writes its own key
+    let key = if config.get("label_names").is_some_and(|names| !names.is_null()) { "label_names" } else { "id2label" };
+    let (list, note) = by_number(key, config.get(key), model.num_classes).map_err(|e| e.to_string())?;
+    let Some(list) = list else { return Ok((None, None)) };
+    // in some repositories, ImageNet's labels are synset numbers, and `label_descriptions` has the words
+    let words = config.get("label_descriptions").and_then(Value::as_object);
+    let word = |name: String| match words.and_then(|words| words.get(&name)?.as_str()) {
+        Some(word) if is_synset(&name) => word.split(',').next().unwrap_or(word).trim().to_owned(),
+        _ => name,
+    };
+    Ok((Some(list.into_iter().map(word).collect()), note))
+}
+
+/// Whether a label is a synset number such as `n01440764`.
+fn is_synset(name: &str) -> bool {
+    name.len() == 9 && name.strip_prefix('n').is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn text<'a>(config: &'a Value, key: &str) -> Result<Option<&'a str>, String> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(other) => Err(format!("`{key}` must be a name, found {other}")),
+    }
+}
+
+/// Reads a whole number of at most 32 bits.
+pub(in crate::checkpoint) fn size(value: &Value, key: &str) -> Result<usize, String> {
+    let number = value.as_u64().and_then(|n| u32::try_from(n).ok()).and_then(|n| usize::try_from(n).ok());
+    number.ok_or_else(|| format!("`{key}` must be a whole number, found {value}"))
+}
+
+fn sizes(value: &Value, key: &str) -> Result<Vec<usize>, String> {
+    let list = value.as_array().ok_or_else(|| format!("`{key}` must be a list of whole numbers, found {value}"))?;
+    list.iter().map(|n| size(n, key)).collect()
+}
+
+/// Reads `[height, width]`, or one number for both.
+pub(in crate::checkpoint) fn pair(value: &Value) -> Result<[usize; 2], String> {
+    if value.is_u64() {
+        let side = size(value, "size")?;
+        return Ok([side, side]);
+    }
+    match *sizes(value, "size")?.as_slice() {
+        [side] => Ok([side, side]),
+        [h, w] => Ok([h, w]),
+        _ => Err(format!("must be a size or [height, width], found {value}")),
+    }
+}
