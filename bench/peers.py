@@ -5,7 +5,7 @@
     cargo build --release -p vit-cli
     cargo build --release --manifest-path bench/rust-peers/Cargo.toml
     bench/peers.py --folder /tmp/peers --vit target/release/vit-cli \\
-        --rust bench/rust-peers/target/release/rust-peers --threads 2 --readme README.md
+        --rust bench/rust-peers/target/release/rust-peers --threads 2 --readme docs/src/speed.md
 
 In every round each contender makes a warm-up call and a few timed ones. Printed for each batch size: the median and the
 fastest call, images a second, the median over rounds of the ratio to the reference within the round, and the largest
@@ -51,7 +51,7 @@ def arguments():
     p.add_argument("--no-speed", action="store_true", help="the cold start alone")
     p.add_argument("--no-cold", action="store_true", help="leave the cold start out")
     p.add_argument("--folder", help="keep the model's files here, and use them again")
-    p.add_argument("--markdown", action="store_true", help="print the README's tables")
+    p.add_argument("--markdown", action="store_true", help="print the guide's tables")
     p.add_argument("--readme", help="write them into this file, between `<!-- BLOCK: written by bench/peers.py -->` and `<!-- /BLOCK -->`")
     p.add_argument("--block", default="speed", help="the name of that block (default: speed)")
     p.add_argument("--json", help="write every time here")
@@ -351,7 +351,7 @@ def cold(folder, size):
 
 
 def speed_table(speeds, markdown):
-    """Names → figures at every batch size, the fastest at the first of them first; the README's has the medians alone."""
+    """Names → figures at every batch size, the fastest at the first of them first; the guide's has the medians alone."""
     reference = next((name for name in next(iter(speeds.values())) if name == A.reference), next(iter(next(iter(speeds.values())))))
     head = [""]
     for batch in speeds:

@@ -38,7 +38,7 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     folder.write(file, text);
-    if let Ok(checkpoint) = vit_model::load::open(folder.path()) {
-        let _ = vit_model::preprocess::Preprocess::new(&checkpoint.info.preprocess);
+    if let Ok(checkpoint) = vit_model::checkpoint::open(folder.path()) {
+        let _ = vit_model::image::Preprocess::new(&checkpoint.info.preprocess);
     }
 });

@@ -14,9 +14,8 @@ static FOLDER: LazyLock<Folder> = LazyLock::new(|| {
 
 fuzz_target!(|data: &[u8]| {
     let path = FOLDER.write("model.onnx", data);
-    if let Ok(graph) = vit_convert::onnx::read(&path)
-        && let Ok(imported) = vit_convert::import(&graph)
-    {
-        assert!(imported.config.validate().is_ok());
+    let options = vit_convert::Options::new().verify(vit_convert::Verify::Skip);
+    if let Ok(converted) = vit_convert::convert(&path, &options) {
+        assert!(converted.info().model.validate().is_ok());
     }
 });

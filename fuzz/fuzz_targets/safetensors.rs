@@ -10,7 +10,7 @@ static FOLDER: LazyLock<Folder> = LazyLock::new(Folder::new);
 
 fuzz_target!(|data: &[u8]| {
     let path = FOLDER.write("model.safetensors", data);
-    if let Ok(checkpoint) = vit_model::load::open(&path) {
+    if let Ok(checkpoint) = vit_model::checkpoint::open(&path) {
         for name in checkpoint.weights.tensors().keys() {
             let _ = checkpoint.weights.read_f32(name);
         }
