@@ -3,7 +3,7 @@
 use crate::support::{finish, max_diff, read_safetensors, root, run, vit_cli, write_safetensors, write_to};
 
 /// 360 images of `[32, 32]` grey pixels, and their classes.
-fn heldout() -> (Vec<u8>, Vec<usize>) {
+pub fn heldout() -> (Vec<u8>, Vec<usize>) {
     let held = read_safetensors(&root().join("weights/digits/heldout.safetensors"));
     let pixels = held["images"].values.iter().map(|&v| v as u8).collect();
     (pixels, held["labels"].values.iter().map(|&v| v as usize).collect())

@@ -81,7 +81,7 @@ fn workplace() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let samples = folder.path().join("weights/digits/samples");
     std::fs::create_dir_all(&samples).unwrap();
-    for file in ["model.onnx", "model.safetensors", "labels.txt"] {
+    for file in ["model.onnx", "model.safetensors", "labels.txt", "samples.csv"] {
         std::fs::copy(root().join("weights/digits").join(file), folder.path().join("weights/digits").join(file))
             .unwrap();
     }

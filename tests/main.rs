@@ -4,6 +4,7 @@ mod checkpoints;
 mod commands;
 mod containers;
 mod digits;
+mod eval;
 mod exporters;
 #[cfg(unix)]
 mod external;
@@ -25,5 +26,6 @@ mod readings;
 mod robustness;
 #[cfg(feature = "serve")]
 mod serve;
+mod similar;
 mod support;
 mod two_tower;

@@ -55,6 +55,8 @@ pub enum Command {
     Preprocess(PreprocessArgs),
     Summary(SummaryArgs),
     Inspect(InspectArgs),
+    Similar(SimilarArgs),
+    Eval(EvalArgs),
     Compare(CompareArgs),
     Bench(BenchArgs),
     #[cfg(feature = "serve")]
@@ -362,6 +364,115 @@ pub struct InspectArgs {
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
+}
+
+/// Finds the images of an index that are most similar to an image or a text
+#[derive(Args, Debug)]
+#[command(
+    allow_missing_positional = true,
+    after_help = "\
+Examples:
+  vit-cli embed photos/ -m dinov2-small -o photos.safetensors --format safetensors
+  vit-cli similar cat.jpg photos.safetensors
+  vit-cli similar --text 'a red car' photos.safetensors       if the index is of a two-tower model (CLIP, SigLIP)
+  vit-cli similar --duplicates photos.safetensors --threshold 0.97
+The similarity is the cosine of two embeddings. The search is exact: it reads the whole index once, and needs no memory for it.
+The model is the one that made the index, unless --model names another."
+)]
+pub struct SimilarArgs {
+    /// The image to compare with, or `-` for stdin
+    #[arg(value_name = "QUERY", required_unless_present_any = ["text", "duplicates"])]
+    pub query: Option<OsString>,
+    /// A file that `embed --format safetensors` wrote
+    #[arg(value_name = "INDEX", required = true)]
+    pub index: PathBuf,
+    /// A text to compare with, instead of an image
+    #[arg(long, value_name = "TEXT", conflicts_with = "query")]
+    pub text: Option<String>,
+    /// List the pairs of the index that are at least as similar as --threshold
+    #[arg(long, conflicts_with_all = ["query", "text", "model"])]
+    pub duplicates: bool,
+    /// The model that made the index; default: what the index names
+    #[arg(short, long, value_name = "MODEL")]
+    pub model: Option<OsString>,
+    /// How many to list
+    #[arg(short = 'k', long = "top", visible_alias = "top-k", default_value_t = 10, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    pub top: u32,
+    /// Leave out what is less similar, from -1 to 1; default: nothing, and 0.95 for --duplicates
+    #[arg(long, value_name = "COSINE", allow_negative_numbers = true, value_parser = cosine)]
+    pub threshold: Option<f32>,
+    /// text; json: one array; jsonl: one record per line; csv
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub format: SimilarFormat,
+    /// Write a contact sheet of what was found, one HTML file
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Do not apply the EXIF orientation
+    #[arg(long)]
+    pub no_exif: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SimilarFormat {
+    #[default]
+    Text,
+    Json,
+    Jsonl,
+    Csv,
+}
+
+fn cosine(text: &str) -> Result<f32, String> {
+    let expected = || "expected a number from -1 to 1".to_owned();
+    let value: f32 = text.parse().map_err(|_| expected())?;
+    if (-1.0..=1.0).contains(&value) { Ok(value) } else { Err(expected()) }
+}
+
+/// Measures a model on images whose class is known
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  vit-cli eval photos/ -m flowers.safetensors                 photos/daisy/*.jpg, photos/rose/*.jpg, …
+  vit-cli eval labels.csv -m flowers.safetensors -o report/   columns file and label; tables, pictures and a contact sheet
+  vit-cli eval photos/ -m flowers.safetensors --compare-precision int8
+  vit-cli eval photos/ -m clip-base32 --template 'a photo of a {}'
+A folder or a label belongs to the class of that name, whatever its case, or to the class of that number. If none has a name
+that the model knows and there are as many as classes, they are numbered in sorted order, as torchvision's ImageFolder does.
+Precision, recall and F1 are scikit-learn's; the calibration error is over 15 bins (arXiv 1706.04599); two models are compared
+by McNemar's exact test.")]
+pub struct EvalArgs {
+    /// A folder with a folder for each class, or a CSV file with the columns `file` and `label`
+    #[arg(value_name = "SOURCE")]
+    pub source: PathBuf,
+    /// The model (see `vit-cli --help`)
+    #[arg(short, long, default_value = "digits", env = "VIT_MODEL", value_name = "MODEL")]
+    pub model: OsString,
+    #[command(flatten)]
+    pub words: WordArgs,
+    /// A second model, to be compared on the same images
+    #[arg(long, value_name = "MODEL")]
+    pub compare: Option<OsString>,
+    /// The precision of what is compared: the second model, or the same one again
+    #[arg(long, value_name = "PRECISION", value_parser = precision())]
+    pub compare_precision: Option<Precision>,
+    /// The folder for results.json, classes.csv, confusion_matrix.{csv,png}, reliability.png and mistakes.{csv,html}
+    #[arg(short, long, value_name = "FOLDER")]
+    pub output: Option<PathBuf>,
+    /// How many of the worst mistakes to keep
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub mistakes: u32,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+    /// Do not apply the EXIF orientation
+    #[arg(long)]
+    pub no_exif: bool,
+    /// Images per run of the model
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub batch: u16,
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 /// Compares two models on the same inputs

@@ -4,6 +4,7 @@
 
 mod args;
 mod commands;
+mod draw;
 mod model;
 mod modules;
 mod open;
@@ -11,6 +12,7 @@ mod output;
 mod save;
 #[cfg(feature = "serve")]
 mod serve;
+mod sheet;
 mod sources;
 
 use std::io::Write as _;
@@ -19,7 +21,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use args::{Cli, Command};
 use clap::{CommandFactory as _, Parser as _};
-use commands::{bench, compare, embed, explain, forward, inspect, predict, preprocess, summary};
+use commands::{bench, compare, embed, eval, explain, forward, inspect, predict, preprocess, similar, summary};
 #[cfg(feature = "hub")]
 use commands::{models, pull};
 use output::ReaderGone;
@@ -63,6 +65,8 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     let done = match &cli.command {
         Command::Predict(args) => return predict::run(args, verbose),
         Command::Embed(args) => return embed::run(args, verbose),
+        Command::Similar(args) => similar::run(args, verbose),
+        Command::Eval(args) => return eval::run(args, verbose),
         Command::Compare(args) => return compare::run(args, verbose),
         Command::Explain(args) => explain::run(args, verbose),
         Command::Forward(args) => forward::run(args, verbose),

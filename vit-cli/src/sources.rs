@@ -34,6 +34,19 @@ impl Source {
         if name == "-" { Self::Stdin } else { Self::File(name.into()) }
     }
 
+    /// What a folder contains.
+    pub fn found(file: Result<PathBuf>) -> Self {
+        file.map_or_else(
+            |error| {
+                let path = error.path().unwrap_or_else(|| Path::new("")).to_owned();
+                let why = error.to_string();
+                let why = why.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&why).to_owned();
+                Self::Bad(path, why)
+            },
+            Self::File,
+        )
+    }
+
     /// The name as it was given or found.
     pub fn name(&self) -> &OsStr {
         match self {
@@ -43,7 +56,7 @@ impl Source {
     }
 
     /// The input for the library; stdin is read here.
-    fn input(&self) -> Result<Input<'static>> {
+    pub fn input(&self) -> Result<Input<'static>> {
         let bad = |why: String| Error::image(why).within(self.name().as_ref());
         match self {
             Self::File(path) => Ok(path.clone().into()),
@@ -72,7 +85,7 @@ impl Source {
     }
 
     /// `NAME: why`, unless the reason begins with the name already.
-    fn name_once(&self, why: &str) -> String {
+    pub fn name_once(&self, why: &str) -> String {
         let name = show(self.name());
         let plain = Path::new(self.name()).display().to_string();
         if why.starts_with(&format!("{name}: ")) {
@@ -103,13 +116,7 @@ impl Iterator for Sources {
         loop {
             if let Some(folder) = &mut self.folder {
                 match folder.next() {
-                    Some(Ok(path)) => return Some(Source::File(path)),
-                    Some(Err(error)) => {
-                        let path = error.path().unwrap_or_else(|| Path::new("")).to_owned();
-                        let why = error.to_string();
-                        let why = why.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&why).to_owned();
-                        return Some(Source::Bad(path, why));
-                    }
+                    Some(found) => return Some(Source::found(found)),
                     None => self.folder = None,
                 }
             }
@@ -180,7 +187,7 @@ pub fn answer_all<T, A: Iterator<Item = Result<T>>>(
 }
 
 /// A count of images on stderr, if that is a terminal and the answers go elsewhere.
-fn progress_bar() -> ProgressBar {
+pub fn progress_bar() -> ProgressBar {
     if std::io::stderr().is_terminal() && !std::io::stdout().is_terminal() {
         ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{pos} images, {per_sec}").unwrap_or_else(
             |_| {

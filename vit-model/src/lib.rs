@@ -28,6 +28,7 @@
 //!   run at other image sizes ([`vit::pos_embed`]).
 //! - [`Config`] is an architecture as data; [`names`] knows timm's.
 //! - [`text`] is the other half of a two-tower model (CLIP, SigLIP): texts in, embeddings out, for zero-shot classification.
+//! - [`similar`] finds the nearest of many embeddings; [`metrics`] measures a classifier.
 //! - [`mod@image`] reads images and turns them into a model's input; [`labels`] names classes.
 //! - [`Error`] tells kinds of failure apart.
 //!
@@ -54,6 +55,7 @@ mod json;
 pub mod labels;
 pub mod layers;
 pub mod limits;
+pub mod metrics;
 pub mod names;
 mod precision;
 pub mod predictor;
@@ -63,7 +65,9 @@ pub mod printable;
 #[doc(hidden)]
 pub mod random;
 pub mod resolve;
+pub mod similar;
 pub mod text;
+mod vectorize;
 pub mod vit;
 pub mod weights;
 

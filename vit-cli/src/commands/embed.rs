@@ -46,7 +46,9 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
                 Ok(())
             })?;
             let tensor = save::Array::f32("embeddings", [files.len(), width], &vectors);
-            save::safetensors(path, &inputs(args), &[tensor], &[("files", serde_json::to_string(&files)?)])?;
+            let mut metadata = origin(args);
+            metadata.push(("files", serde_json::to_string(&files)?));
+            save::safetensors(path, &inputs(args), &[tensor], &metadata)?;
             Ok(outcome)
         }
         (format, Some(path)) => {
@@ -82,7 +84,9 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
     if let (EmbedFormat::Safetensors, Some(path)) = (args.format, &args.output) {
         let (width, values) = (vectors.first().map_or(0, Vec::len), vectors.concat());
         let tensor = save::Array::f32("embeddings", [vectors.len(), width], &values);
-        save::safetensors(path, &inputs, &[tensor], &[("texts", serde_json::to_string(&args.text)?)])?;
+        let mut metadata = origin(args);
+        metadata.push(("texts", serde_json::to_string(&args.text)?));
+        save::safetensors(path, &inputs, &[tensor], &metadata)?;
         return Ok(Outcome::Good);
     }
     let mut text = Text { key: "text", ..Text::new(args.format) };
@@ -99,6 +103,12 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
         out.flush()?;
     }
     Ok(Outcome::Good)
+}
+
+/// Where vectors come from, so that `similar` can ask the same model.
+fn origin(args: &EmbedArgs) -> Vec<(&'static str, String)> {
+    let layer = if args.layer == Layer::Pooled { "pooled" } else { "embedding" };
+    vec![("layer", layer.into()), ("model", args.model.to_string_lossy().into_owned())]
 }
 
 fn inputs(args: &EmbedArgs) -> Vec<&std::path::Path> {

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod compare;
 pub mod embed;
+pub mod eval;
 pub mod explain;
 pub mod forward;
 pub mod inspect;
@@ -12,4 +13,5 @@ pub mod predict;
 pub mod preprocess;
 #[cfg(feature = "hub")]
 pub mod pull;
+pub mod similar;
 pub mod summary;

@@ -61,7 +61,7 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
 }
 
 /// The classes in words, if the command line names any.
-fn labels(args: &WordArgs) -> anyhow::Result<Option<Vec<String>>> {
+pub fn labels(args: &WordArgs) -> anyhow::Result<Option<Vec<String>>> {
     if let Some(path) = &args.labels_file {
         let meta = std::fs::metadata(path).with_context(|| show(path))?;
         if !meta.is_file() || meta.len() > LABELS_BYTES as u64 {

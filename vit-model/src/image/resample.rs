@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use pulp::{Arch, NullaryFnOnce};
+use pulp::NullaryFnOnce;
 
+use crate::vectorize::dispatch;
 use crate::vit::pos_embed::cubic;
 
 /// A filter: a function of the distance in source pixels that is zero from `support` on.
@@ -273,16 +274,6 @@ impl NullaryFnOnce for Vertical<'_> {
             }
         }
     }
-}
-
-/// Runs the version of an operation that was compiled for this CPU's vector instructions.
-fn dispatch(op: impl NullaryFnOnce<Output = ()>) {
-    // without pulp's feature `x86-v3`, which gemm does not enable, `Arch` supports AVX-512 but not AVX2
-    #[cfg(target_arch = "x86_64")]
-    if let (Arch::Scalar, Some(avx2)) = (Arch::new(), pulp::x86::V3::try_new()) {
-        return avx2.vectorize(op);
-    }
-    Arch::new().dispatch(op);
 }
 
 // both are inlined, so each version of the callers gets its own vector instructions
