@@ -161,3 +161,47 @@ fn the_umask_gives_the_mode() {
         assert_eq!(fs::metadata(&output).unwrap().permissions().mode() & 0o777, mode, "umask {umask}");
     }
 }
+
+/// Whatever a conversion reads or writes: the graph, its external data, the labels, and its other outputs.
+#[test]
+fn no_output_replaces_a_file_that_the_conversion_reads_or_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for entry in fs::read_dir(fixture("post-external-manyfiles-timm-l11").parent().unwrap()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, at(path.file_name().unwrap().to_str().unwrap())).unwrap();
+    }
+    let labels: Vec<String> = (0..1000).map(|class| format!("class {class}")).collect();
+    fs::write(at("labels.txt"), labels.join("\n")).unwrap();
+    fs::create_dir(at("out")).unwrap();
+    let content = || names(folder.path()).into_iter().map(|name| fs::read(at(&name)).ok()).collect::<Vec<_>>();
+    let before = content();
+    let data = "patch_embed.proj.weight";
+    for args in [
+        &["model.onnx"][..],
+        &[data],
+        &["out/../patch_embed.proj.weight"],
+        &["labels.txt", "--labels", "labels.txt"],
+        &["m.safetensors", "--labels", "labels.txt", "--report", "labels.txt"],
+        &["m.safetensors", "--report", "model.onnx"],
+        &["m.safetensors", "--report", data],
+        &["m.safetensors", "--report", "m.safetensors"],
+        &["m.safetensors", "--report", "out/../m.safetensors"],
+        &["out/", "--report", "out/config.json", "--force"],
+        &["--dry-run", "--report", data],
+    ] {
+        let (code, said) = run(vit_convert().arg("model.onnx").args(args).current_dir(folder.path()));
+        assert!(code == Some(2) && (said.contains("is the input") || said.contains("twice")), "{args:?}: {said}");
+        assert!(content() == before && fs::read_dir(at("out")).unwrap().count() == 0, "{args:?}");
+    }
+    // a link to an output is that output
+    fs::write(at("m.safetensors"), b"old").unwrap();
+    symlink("m.safetensors", at("link")).unwrap();
+    let args = ["model.onnx", "m.safetensors", "--report", "link"];
+    let (code, said) = run(vit_convert().args(args).current_dir(folder.path()));
+    assert!(code == Some(2) && said.contains("twice"), "{said}");
+    // and what is neither is written
+    let args = ["model.onnx", "m.safetensors", "--report", "r.json"];
+    let (code, said) = run(vit_convert().args(args).current_dir(folder.path()));
+    assert!(code == Some(0) && at("r.json").is_file(), "{said}");
+}

@@ -17,6 +17,7 @@ mod hub;
 mod integrity;
 mod library;
 mod onnx;
+mod outputs;
 mod parity;
 mod predict;
 mod predictor;

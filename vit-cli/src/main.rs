@@ -25,6 +25,7 @@ use commands::{bench, compare, embed, eval, explain, forward, inspect, predict, 
 #[cfg(feature = "hub")]
 use commands::{models, pull};
 use output::ReaderGone;
+use vit_model::inputs;
 
 /// Whether everything that was asked for was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     let verbose = cli.verbose;
+    inputs::protect();
     model::say(cli.arch.as_deref(), cli.state_dict.as_deref());
     let done = match &cli.command {
         Command::Predict(args) => return predict::run(args, verbose),

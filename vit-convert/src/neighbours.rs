@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use vit_model::{Config, PreprocessConfig, labels, limits};
+use vit_model::{Config, PreprocessConfig, inputs, labels, limits};
 
 use crate::{Error, Result};
 
@@ -54,6 +54,6 @@ fn beside(path: &Path, name: &str) -> Option<PathBuf> {
 
 /// JSON of a usual size.
 fn read(file: &Path) -> Option<Value> {
-    let small = std::fs::metadata(file).is_ok_and(|meta| meta.len() <= limits::JSON_BYTES as u64);
-    small.then(|| std::fs::read(file).ok()).flatten().and_then(|bytes| serde_json::from_slice(&bytes).ok())
+    let bytes = inputs::read(file, limits::JSON_BYTES).ok().filter(|bytes| bytes.len() <= limits::JSON_BYTES)?;
+    serde_json::from_slice(&bytes).ok()
 }

@@ -21,6 +21,7 @@ use vit_model::text::DEFAULT_TEMPLATE;
 use vit_model::{
     Checkpoint, Dtype, Existing, Format, SaveOptions,
     checkpoint::{OpenOptions, atomic},
+    inputs,
 };
 
 /// Converts a Vision Transformer from ONNX to safetensors with timm's tensor names.
@@ -152,6 +153,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
+    inputs::protect();
     if args.verify_with.is_some() && cfg!(not(feature = "candle-onnx")) {
         bail!("--verify-with candle: this program was built without it; build with --features candle-onnx");
     }
@@ -160,7 +162,12 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if args.dtype == Some(Type::Q8) && output.is_some() && format != Format::Gguf {
         bail!("--dtype q8 writes a GGUF file: let the output end in .gguf");
     }
-    let model = if is_checkpoint(&args.input) { opened(args)? } else { converted(args)? };
+    // what the command line names is not opened yet
+    for named in [Some(&args.input), args.labels.as_ref(), args.labels_file.as_ref()].into_iter().flatten() {
+        inputs::expect(named);
+    }
+    check_outputs(args, format)?;
+    let model = if is_checkpoint(&args.input) { opened(args)? } else { converted(args, format)? };
     let output = output.filter(|_| !args.dry_run);
     // a dry run also reports whether the folder could be written
     let differs = match output {
@@ -185,8 +192,22 @@ struct Model {
     moved: Option<Moved>,
 }
 
+/// Refuses outputs that would replace a file which this run has read or is going to read, or one another.
+fn check_outputs(args: &Args, format: Format) -> anyhow::Result<()> {
+    let mut files: Vec<PathBuf> = args.report.iter().cloned().collect();
+    if let Some(output) = args.output.as_deref().filter(|_| !args.dry_run) {
+        if format.is_folder() {
+            let names: &[&str] = &["model.safetensors", "config.json", "preprocessor_config.json"];
+            files.extend(names.iter().map(|name| output.join(name)));
+        } else {
+            files.push(output.into());
+        }
+    }
+    Ok(atomic::check(&files.iter().map(PathBuf::as_path).collect::<Vec<_>>())?)
+}
+
 /// An ONNX file, converted.
-fn converted(args: &Args) -> anyhow::Result<Model> {
+fn converted(args: &Args, format: Format) -> anyhow::Result<Model> {
     let name = args.input.display();
     if args.arch.is_some() || args.state_dict.is_some() {
         bail!("{name}: --arch and --state-dict are for checkpoints; a graph says what it computes");
@@ -220,14 +241,13 @@ fn converted(args: &Args) -> anyhow::Result<Model> {
         options = options.verify(Verify::Skip);
     }
     let mut converted = convert(&args.input, &options)?;
+    // the files of external data are known now
+    check_outputs(args, format)?;
     let moved = if args.dtype == Some(Type::Q8) { converted.quantise()? } else { None };
     if let Some(report) = &args.report {
         let found = json!({ "config": converted.info(), "found": explain::report(converted.imported()) });
         let text = serde_json::to_vec_pretty(&found)?;
-        let written = atomic::file(report, &[&args.input], |mut file| {
-            file.write_all(&text).map_err(vit_model::Error::io(report))
-        });
-        written?;
+        atomic::file(report, &[] as &[&Path], |mut file| file.write_all(&text).map_err(vit_model::Error::io(report)))?;
     }
     let imported = converted.imported();
     let mut found = Vec::new();
@@ -348,7 +368,7 @@ fn write_model(args: &Args, output: &Path, format: Format, model: &Checkpoint) -
         bar.set_length(total);
         bar.set_position(done);
     };
-    let mut options = SaveOptions::new().inputs([&args.input]).progress(&progress);
+    let mut options = SaveOptions::new().progress(&progress);
     if let Some(threads) = args.threads {
         options = options.threads(threads.into());
     }
@@ -394,12 +414,7 @@ fn answer(args: &Args, model: &Checkpoint, notes: &[String]) -> anyhow::Result<(
 
 /// Class names from a file.
 fn labels(path: &Path) -> anyhow::Result<Vec<String>> {
-    let name = || path.display().to_string();
-    let size = std::fs::metadata(path).with_context(name)?;
-    if !size.is_file() || size.len() > vit_model::limits::LABELS_BYTES as u64 {
-        bail!("{}: not a file of class names", name());
-    }
-    vit_model::labels::parse(&std::fs::read(path).with_context(name)?).with_context(name)
+    Ok(vit_model::labels::read(path)?)
 }
 
 /// `224`, or `224x320`: height and width.

@@ -1,8 +1,8 @@
 //! Small files read whole, and the names of the files in a model's folder.
 
-use std::{fs, io::Read as _, path::Path};
+use std::path::{Component, Path};
 
-use crate::{Error, Result, limits};
+use crate::{Result, inputs, json, limits};
 
 /// What a model is: timm's or transformers' configuration.
 pub(crate) const CONFIG: &str = "config.json";
@@ -46,15 +46,31 @@ pub(crate) fn small_file(path: &Path) -> Result<Vec<u8>> {
 
 /// A whole file of at most so many bytes. Of a longer one it returns one byte more than that.
 pub(crate) fn file_up_to(path: &Path, most: usize) -> Result<Vec<u8>> {
-    // the kind is checked before opening, because opening a named pipe blocks
-    let meta = fs::metadata(path).map_err(Error::io(path))?;
-    if !meta.is_file() {
-        return Err(Error::file(path, "is not a regular file"));
+    inputs::read(path, most)
+}
+
+/// Counts the files of a model's folder as inputs, those too that a run does not open: its weights where it only preprocesses, and
+/// its tokeniser where it only embeds images.
+pub(crate) fn expect(folder: &Path) {
+    if !inputs::protected() {
+        return;
     }
-    let file = fs::File::open(path).map_err(Error::io(path))?;
-    let mut bytes = Vec::new();
-    file.take(u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(Error::io(path))?;
-    Ok(bytes)
+    let texts = [TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, VOCAB, MERGES];
+    let settings = [CONFIG, OPEN_CLIP].into_iter().chain(PROCESSORS).chain(texts);
+    for name in settings.chain(FORMS.into_iter().flatten()) {
+        inputs::expect(&folder.join(name));
+    }
+    for [_, index] in FORMS {
+        let path = folder.join(index);
+        let index = if path.is_file() { small_file(&path).ok() } else { None };
+        let index = index.and_then(|bytes| json::parse(&bytes).ok()).unwrap_or_default();
+        let map = index.get("weight_map").and_then(serde_json::Value::as_object);
+        let shards: std::collections::BTreeSet<&str> =
+            map.into_iter().flatten().filter_map(|(_, file)| file.as_str()).take(limits::INDEXED).collect();
+        for shard in shards.into_iter().take(limits::SHARDS) {
+            if matches!(Path::new(shard).components().next(), Some(Component::Normal(_))) {
+                inputs::expect(&folder.join(shard));
+            }
+        }
+    }
 }

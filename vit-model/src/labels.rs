@@ -5,10 +5,11 @@
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::{Error, ProblemType, Result, limits};
+use crate::{Error, ProblemType, Result, inputs, limits};
 
 /// One class of a prediction.
 #[derive(Clone, Debug, PartialEq)]
@@ -146,6 +147,15 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<String>> {
         return Err(fail("the file contains none".into()));
     }
     Ok(names)
+}
+
+/// Reads class names from a file; see [`parse`].
+///
+/// # Errors
+/// As [`parse`], with the file's name, and if it cannot be read.
+pub fn read(path: impl AsRef<Path>) -> Result<Vec<String>> {
+    let path = path.as_ref();
+    parse(&inputs::read(path, limits::LABELS_BYTES)?).map_err(|error| error.within(path))
 }
 
 fn from_json(value: &Value) -> Result<Vec<String>, String> {

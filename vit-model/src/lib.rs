@@ -51,6 +51,8 @@ pub mod hub;
 #[cfg(feature = "image")]
 pub mod image;
 mod info;
+#[doc(hidden)]
+pub mod inputs;
 mod json;
 pub mod labels;
 pub mod layers;

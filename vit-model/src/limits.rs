@@ -10,6 +10,8 @@ pub const LABELS_BYTES: usize = 64 << 20;
 pub const HEADER_BYTES: usize = 100_000_000;
 /// Dimensions of a tensor.
 pub const RANK: usize = 32;
+/// Tensors of an index of shards.
+pub const INDEXED: usize = 1 << 20;
 /// Files that a model is sharded into.
 pub const SHARDS: usize = 4096;
 /// Bytes of a `tokenizer.json`. The largest in use, SigLIP 2's with 256,000 tokens, has 34 million.

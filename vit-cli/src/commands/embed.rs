@@ -24,6 +24,9 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
     let builder = open::builder(args.run).loading(loading).orientation(args.images.orientation());
     let predictor = open::predictor(&args.model, builder, verbose)?;
     open::state_assumptions(predictor.info());
+    if let Some(path) = &args.output {
+        save::check(path, &args.images.files)?;
+    }
     let embed = |write: &mut Write<'_>| {
         let ask = |inputs| {
             let all = predictor.embed_all(inputs).batch(args.images.batch.into());
@@ -48,12 +51,12 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
             let tensor = save::Array::f32("embeddings", [files.len(), width], &vectors);
             let mut metadata = origin(args);
             metadata.push(("files", serde_json::to_string(&files)?));
-            save::safetensors(path, &inputs(args), &[tensor], &metadata)?;
+            save::safetensors(path, &[tensor], &metadata)?;
             Ok(outcome)
         }
         (format, Some(path)) => {
             let mut outcome = Outcome::Good;
-            save::file(path, &inputs(args), |out| {
+            save::file(path, |out| {
                 let mut text = Text::new(format);
                 outcome = embed(&mut |source, vector| Ok(out.write_all(text.record(source, vector)?.as_bytes())?))?;
                 Ok(out.write_all(text.end().as_bytes())?)
@@ -80,13 +83,12 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
     if args.normalize {
         vectors = vectors.iter().map(|vector| normalized(vector)).collect();
     }
-    let inputs = inputs(args);
     if let (EmbedFormat::Safetensors, Some(path)) = (args.format, &args.output) {
         let (width, values) = (vectors.first().map_or(0, Vec::len), vectors.concat());
         let tensor = save::Array::f32("embeddings", [vectors.len(), width], &values);
         let mut metadata = origin(args);
         metadata.push(("texts", serde_json::to_string(&args.text)?));
-        save::safetensors(path, &inputs, &[tensor], &metadata)?;
+        save::safetensors(path, &[tensor], &metadata)?;
         return Ok(Outcome::Good);
     }
     let mut text = Text { key: "text", ..Text::new(args.format) };
@@ -96,7 +98,7 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
     }
     all += text.end();
     if let Some(path) = &args.output {
-        save::file(path, &inputs, |out| Ok(out.write_all(all.as_bytes())?))?;
+        save::file(path, |out| Ok(out.write_all(all.as_bytes())?))?;
     } else {
         let mut out = Stdout::new();
         out.write(&all)?;
@@ -109,11 +111,6 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
 fn origin(args: &EmbedArgs) -> Vec<(&'static str, String)> {
     let layer = if args.layer == Layer::Pooled { "pooled" } else { "embedding" };
     vec![("layer", layer.into()), ("model", args.model.to_string_lossy().into_owned())]
-}
-
-fn inputs(args: &EmbedArgs) -> Vec<&std::path::Path> {
-    let given = args.images.files.iter().map(std::path::Path::new);
-    given.chain([std::path::Path::new(&args.model)]).collect()
 }
 
 /// Records as text.

@@ -21,6 +21,7 @@ pub fn run(args: &ExplainArgs, verbose: bool) -> anyhow::Result<()> {
     let config = &checkpoint.info.model;
     check(args, config)?;
     let source = Source::of(&args.image);
+    save::check(&args.output, &[&args.image])?;
     let image = source.image(orientation(args.no_exif))?;
     // the engine keeps no attention maps: candle's modules run
     let builder = open::builder(args.run).runtime(Runtime::Modules);
@@ -41,7 +42,7 @@ pub fn run(args: &ExplainArgs, verbose: bool) -> anyhow::Result<()> {
     }
     let picture = draw(&weights, config, (!args.bare).then_some((&*pixels, &checkpoint.info.preprocess)));
     let (width, height) = (picture.width as u32, picture.height as u32);
-    save::file(&args.output, &[args.image.as_ref(), args.model.as_ref()], |out| {
+    save::file(&args.output, |out| {
         Ok(PngEncoder::new(out).write_image(&picture.rgb, width, height, ExtendedColorType::Rgb8)?)
     })
 }

@@ -1,13 +1,13 @@
 //! `forward`: a tensor or texts in; logits, features and embeddings out.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use vit_model::candle::safetensors::BufferedSafetensors;
 use vit_model::candle::{Device, Tensor};
 use vit_model::checkpoint::Values;
 use vit_model::predictor::{Output, Wanted};
-use vit_model::{Error, ModelInfo, Predictor, TextModel};
+use vit_model::{Error, ModelInfo, Predictor, TextModel, inputs};
 
 use crate::args::ForwardArgs;
 use crate::output::{escape, show};
@@ -18,15 +18,16 @@ use crate::{model, open};
 const BATCH: usize = 16;
 
 /// Most bytes of a file with inputs.
-const MAX_INPUT: u64 = 4 << 30;
+const MAX_INPUT: usize = 4 << 30;
 
 pub fn run(args: &ForwardArgs, verbose: bool) -> anyhow::Result<()> {
     if let Some(input) = &args.input {
         return images(args, input, verbose);
     }
     let text = model::text(&args.model)?.load(&Device::Cpu).map_err(|error| open::named(&args.model, error))?;
+    save::check(&args.output, &[] as &[&Path])?;
     let texts = Texts::new(&text, &args.text)?;
-    save::safetensors(&args.output, &[Path::new(&args.model)], &texts.arrays(), &[])
+    save::safetensors(&args.output, &texts.arrays(), &[])
 }
 
 /// What texts become.
@@ -64,6 +65,7 @@ fn images(args: &ForwardArgs, input: &Path, verbose: bool) -> anyhow::Result<()>
     let builder = open::builder(args.run).loading(open::loading(once));
     let predictor = open::predictor_for(&args.model, builder, verbose, |info| fit(info, x.dims()))?;
     let (pixels, batch) = pixels(&name, &x, &predictor).with_context(|| show(input))?;
+    save::check(&args.output, &[input])?;
     let output = forward(&predictor, &pixels, batch).map_err(|e| open::named(&args.model, e))?;
     let shapes = predictor.shapes(batch);
     // without a head the model's answer is what the head would read, as in timm
@@ -88,9 +90,7 @@ fn images(args: &ForwardArgs, input: &Path, verbose: bool) -> anyhow::Result<()>
         arrays.extend(texts.arrays());
         arrays.push(Array::f32("logits_per_image", [batch, texts.count], &similarities));
     }
-    let model = PathBuf::from(&args.model);
-    let inputs = [input, &*model, &*model.join("model.safetensors"), &*model.join("config.json")];
-    save::safetensors(&args.output, &inputs, &arrays, &[])
+    save::safetensors(&args.output, &arrays, &[])
 }
 
 /// Any number of images, a bounded number at a time.
@@ -127,14 +127,11 @@ fn fit(info: &mut ModelInfo, dims: &[usize]) {
 
 /// The input tensor and its name.
 fn load(path: &Path, tensor: Option<&str>) -> anyhow::Result<(String, Tensor)> {
-    let meta = std::fs::metadata(path)?;
-    if !meta.is_file() {
-        bail!("not a regular file");
+    let bytes = inputs::read(path, MAX_INPUT)?;
+    if bytes.len() > MAX_INPUT {
+        bail!("at most {MAX_INPUT} bytes are read");
     }
-    if meta.len() > MAX_INPUT {
-        bail!("{} bytes, at most {MAX_INPUT} are read", meta.len());
-    }
-    let file = BufferedSafetensors::new(std::fs::read(path)?).context("not a safetensors file")?;
+    let file = BufferedSafetensors::new(bytes).context("not a safetensors file")?;
     let names: Vec<String> = file.tensors().into_iter().map(|(name, _)| name).collect();
     let listed = || names.iter().take(8).map(|n| escape(n)).collect::<Vec<_>>().join(", ");
     let name = match (tensor, names.as_slice()) {

@@ -1,10 +1,9 @@
 //! `predict`: names the classes of images, in the order in which they were given.
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use serde_json::{Value, json};
 use vit_model::ProblemType;
 use vit_model::labels::Prediction;
-use vit_model::limits::LABELS_BYTES;
 use vit_model::text::DEFAULT_TEMPLATE;
 
 use crate::args::{PredictArgs, PredictFormat, WordArgs};
@@ -63,12 +62,7 @@ pub fn run(args: &PredictArgs, verbose: bool) -> anyhow::Result<Outcome> {
 /// The classes in words, if the command line names any.
 pub fn labels(args: &WordArgs) -> anyhow::Result<Option<Vec<String>>> {
     if let Some(path) = &args.labels_file {
-        let meta = std::fs::metadata(path).with_context(|| show(path))?;
-        if !meta.is_file() || meta.len() > LABELS_BYTES as u64 {
-            bail!("{}: not a file of class names", show(path));
-        }
-        let bytes = std::fs::read(path).with_context(|| show(path))?;
-        return Ok(Some(vit_model::labels::parse(&bytes).with_context(|| show(path))?));
+        return Ok(Some(vit_model::labels::read(path)?));
     }
     if args.labels.is_empty() {
         if !args.templates.is_empty() {

@@ -1,7 +1,5 @@
 //! `preprocess`: an image as the model's input tensor, in a safetensors file.
 
-use std::path::Path;
-
 use vit_model::image::Preprocess;
 
 use crate::args::{PreprocessArgs, orientation};
@@ -12,9 +10,10 @@ pub fn run(args: &PreprocessArgs) -> anyhow::Result<()> {
     let info = model::info(&args.model)?;
     let preprocess = Preprocess::new(&info.preprocess)?;
     let source = Source::of(&args.image);
+    save::check(&args.output, &[&args.image])?;
     let image = source.image(orientation(args.no_exif))?;
     let pixels = source.named(preprocess.apply(&image))?;
     let [c, h, w] = info.preprocess.input_size;
     let tensor = save::Array::f32("pixel_values", [1, c, h, w], &pixels);
-    save::safetensors(&args.output, &[Path::new(&args.image)], &[tensor], &[])
+    save::safetensors(&args.output, &[tensor], &[])
 }

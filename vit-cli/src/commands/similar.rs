@@ -1,7 +1,6 @@
 //! `similar`: what an index contains that looks like an image, or that a text describes.
 
 use std::ffi::OsString;
-use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
@@ -30,9 +29,7 @@ pub fn run(args: &SimilarArgs, verbose: bool) -> anyhow::Result<()> {
             (None, None) => format!("Duplicates in {}", show(&args.index)),
         };
         let page = sheet(&title, &found, args);
-        let mut inputs: Vec<&Path> = vec![&args.index];
-        inputs.extend(args.query.as_ref().map(Path::new));
-        save::file(path, &inputs, |out| Ok(out.write_all(page.as_bytes())?))?;
+        save::file(path, |out| Ok(out.write_all(page.as_bytes())?))?;
         complain(&format!("written: {}", show(path)));
     }
     print(args.format, &found)

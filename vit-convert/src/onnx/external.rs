@@ -4,7 +4,7 @@
 use std::{
     cell::{Ref, RefCell},
     collections::HashMap,
-    fs::{self, File},
+    fs,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -156,23 +156,15 @@ impl Folder {
         if canonical == self.model {
             return Err(refuse("the model's own file"));
         }
-        // checked before opening, because opening a pipe blocks, and again afterwards, because the file may have been
-        // replaced
-        let meta = fs::metadata(&canonical).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
-        if !meta.is_file() {
-            return Err(refuse("which is not a regular file"));
-        }
-        let file = File::open(&canonical).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
-        let meta = file.metadata().map_err(|e| Failure::Error(Error::io(&path)(e)))?;
-        if !meta.is_file() {
-            return Err(refuse("which is not a regular file"));
-        }
-        if links(&meta) > 1 {
+        let file = StoredFile::open(&canonical).map_err(|error| match error {
+            Error::Model(vit_model::Error::File { why, .. }) => refuse(&format!("which {why}")),
+            error => Failure::Error(error),
+        })?;
+        if links(file.opened()) > 1 {
             return Err(refuse(
                 "a file with another hard link, which may lie outside the model's folder: put a copy in its place",
             ));
         }
-        let file = StoredFile::new(&path, file).map_err(|e| Failure::Error(Error::io(&path)(e)))?;
         let files = &mut self.files.borrow_mut().0;
         let index = u32::try_from(files.len()).unwrap_or(u32::MAX);
         files.push(Arc::new(file));

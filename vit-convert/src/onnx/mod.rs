@@ -16,12 +16,7 @@ mod sort;
 pub mod stored;
 mod tensor;
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use prost::Message;
@@ -52,16 +47,10 @@ pub fn open(path: &Path) -> Result<Model> {
 
 /// A model's file.
 fn open_file(path: &Path) -> Result<Arc<StoredFile>> {
-    // checked before opening, because opening a pipe blocks
-    let meta = fs::metadata(path).map_err(Error::io(path))?;
-    if meta.is_dir() {
+    if path.is_dir() {
         return Err(Error::file(path, "is a folder; name the .onnx file in it"));
     }
-    if !meta.is_file() {
-        return Err(Error::file(path, "is not a regular file"));
-    }
-    let file = File::open(path).map_err(Error::io(path))?;
-    let file = StoredFile::new(path, file).map_err(Error::io(path))?;
+    let file = StoredFile::open(path)?;
     if file.is_empty() {
         return Err(Error::file(path, "is an empty file"));
     }

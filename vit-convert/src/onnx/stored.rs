@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use vit_model::checkpoint::safetensors::read_exact_at;
+use vit_model::{checkpoint::safetensors::read_exact_at, inputs};
 
 use crate::{Error, Result};
 
@@ -44,10 +44,18 @@ pub struct StoredFile {
 }
 
 impl StoredFile {
-    /// Takes an open file; `path` is for errors.
-    pub fn new(path: &Path, file: File) -> io::Result<Self> {
-        let opened = file.metadata()?;
+    /// Opens a regular file.
+    ///
+    /// # Errors
+    /// It is none, or it cannot be opened.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (file, opened) = inputs::open(path)?;
         Ok(Self { path: path.into(), file, len: opened.len(), opened, failed: OnceLock::new() })
+    }
+
+    /// Its metadata when it was opened.
+    pub fn opened(&self) -> &Metadata {
+        &self.opened
     }
 
     /// Its length when it was opened.

@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, inputs};
 
 /// The temporary files that are being written. [`abandon`] removes them.
 static TEMPORARIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -35,20 +35,23 @@ fn temporaries() -> MutexGuard<'static, Vec<PathBuf>> {
 /// Writes `path` through `fill`, which gets an empty file. A link is followed; its target is replaced.
 ///
 /// # Errors
-/// `path` is one of `inputs` (however it is spelled), a folder or a device; or writing failed, and then a file that was
+/// `path` is one of `own` (however it is spelled), an input of this run, a folder or a device; or writing failed, and then a file that was
 /// there before is unchanged.
 pub fn file<E: From<Error>>(
     path: &Path,
-    inputs: &[impl AsRef<Path>],
+    own: &[impl AsRef<Path>],
     fill: impl FnOnce(&File) -> Result<(), E>,
 ) -> Result<(), E> {
-    let target = destination(path, inputs)?;
+    let target = destination(path, own)?;
     let (file, named) = create_beside(&target).map_err(Error::io(path))?;
     fill(&file).and_then(|()| {
         file.sync_all().map_err(Error::io(path))?;
         let temporary = named.map_or_else(|| name_beside(&file, &target), Ok).map_err(Error::io(path))?;
+        // once more, because `fill` may have opened further inputs
+        let target = destination(path, own)?;
         fs::rename(temporary.path(), &target).map_err(Error::io(path))?;
         temporary.keep();
+        inputs::written(&target);
         Ok(())
     })?;
     // the file is whole and in place; not every system can sync a folder
@@ -60,7 +63,7 @@ pub fn file<E: From<Error>>(
 }
 
 /// Where the bytes go: through a link to its target. Refuses folders, devices and the inputs.
-fn destination(path: &Path, inputs: &[impl AsRef<Path>]) -> Result<PathBuf> {
+fn destination(path: &Path, own: &[impl AsRef<Path>]) -> Result<PathBuf> {
     if path.file_name().is_none() {
         return Err(Error::file(path, "is not the name of a file"));
     }
@@ -75,11 +78,35 @@ fn destination(path: &Path, inputs: &[impl AsRef<Path>]) -> Result<PathBuf> {
     if !kind.is_file() {
         return Err(Error::file(path, "is not a regular file, and will not be replaced by one"));
     }
-    if let Some(input) = inputs.iter().map(AsRef::as_ref).find(|input| same_file(&target, input)) {
+    if let Some(input) = own.iter().map(AsRef::as_ref).find(|input| same_file(&target, input)) {
         let why = format!("is the input {} itself; name another output", input.display());
         return Err(Error::file(path, why));
     }
-    Ok(target)
+    match inputs::refusal(&target) {
+        Some(why) => Err(Error::file(path, why)),
+        None => Ok(target),
+    }
+}
+
+/// Refuses outputs that could not be written at the end, before the work for them begins: a folder, a device, a file that
+/// was read or [is expected](crate::inputs::expect) to be, or the same file twice.
+///
+/// # Errors
+/// The first of these.
+pub fn check(outputs: &[&Path]) -> Result<()> {
+    let mut places: Vec<PathBuf> = Vec::new();
+    for path in outputs {
+        let target = destination(path, &[] as &[&Path])?;
+        // a file that does not exist yet is known by its name in its folder
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = fs::canonicalize(folder).or_else(|_| std::path::absolute(folder)).map_err(Error::io(*path))?;
+        let place = target.file_name().map_or_else(|| target.clone(), |name| folder.join(name));
+        if places.iter().any(|other| *other == place || same_file(other, &place)) {
+            return Err(Error::file(*path, "is named as an output twice; name a second file"));
+        }
+        places.push(place);
+    }
+    Ok(())
 }
 
 #[cfg(unix)]

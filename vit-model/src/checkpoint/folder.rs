@@ -17,12 +17,13 @@ use crate::{
         text::TextSource,
         timm, torchvision, transformers,
     },
-    files::{CONFIG, INDEX, OPEN_CLIP, PROCESSORS, WEIGHTS, small_file},
+    files::{self, CONFIG, INDEX, OPEN_CLIP, PROCESSORS, WEIGHTS, small_file},
     json,
 };
 
 /// Opens a folder with weights and a configuration.
 pub(crate) fn open(folder: &Path, options: &OpenOptions) -> Result<Checkpoint> {
+    files::expect(folder);
     peft::refuse_adapter(folder)?;
     if let Some(found) = Stored::usual(folder, options.state_dict.as_deref())? {
         return whole(folder, found, options);
@@ -69,6 +70,7 @@ pub(crate) fn open(folder: &Path, options: &OpenOptions) -> Result<Checkpoint> {
 
 /// Opens the text tower of a folder, whether there is an image tower beside it or not.
 pub(crate) fn text(folder: &Path) -> Result<TextSource> {
+    files::expect(folder);
     let (config_path, config, _) = documents(folder)?;
     let none = || Error::file(config_path, "describes no text tower; CLIP and SigLIP have one");
     let Some(Found::Weights(mut stored)) = Stored::usual(folder, None)? else { return Err(none()) };
@@ -95,6 +97,7 @@ fn whole(folder: &Path, found: Found, options: &OpenOptions) -> Result<Checkpoin
 
 /// Reads the document of a folder without its weights, which is enough to preprocess images.
 pub(crate) fn info(folder: &Path) -> Result<ModelInfo> {
+    files::expect(folder);
     let beside = folder.join(OPEN_CLIP);
     if folder.join(CONFIG).symlink_metadata().is_err() && beside.symlink_metadata().is_ok() {
         return open_clip::info(&value(&beside)?, None).map_err(|error| error.within(&beside));

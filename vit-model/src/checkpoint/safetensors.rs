@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     checkpoint::checksum::{Checksums, Running},
     checkpoint::element::Element,
-    limits,
+    inputs, limits,
     weights::{Dtype, ReadAt, TensorInfo, Weights, check_finite, too_short, whole},
 };
 
@@ -44,22 +44,16 @@ pub struct Safetensors {
 /// A file on disk or in memory.
 #[derive(Debug)]
 pub(crate) enum Source {
-    File(File),
+    File(File, Box<fs::Metadata>),
     Memory(&'static [u8]),
 }
 
 impl Source {
     /// Opens a regular file and returns it with its length.
     pub(crate) fn open(path: &Path) -> Result<(Self, usize)> {
-        // check the type before opening, because opening a pipe blocks
-        let meta = fs::metadata(path).map_err(Error::io(path))?;
-        if !meta.is_file() {
-            return Err(Error::file(path, "is not a regular file"));
-        }
-        let file = File::open(path).map_err(Error::io(path))?;
-        let len = file.metadata().map_err(Error::io(path))?.len();
-        let len = usize::try_from(len).map_err(|_| Error::file(path, "is larger than this machine's memory"))?;
-        Ok((Self::File(file), len))
+        let (file, meta) = inputs::open(path)?;
+        let len = usize::try_from(meta.len()).map_err(|_| Error::file(path, "is larger than this machine's memory"))?;
+        Ok((Self::File(file, Box::new(meta)), len))
     }
 
     pub(crate) fn read_exact_at(&self, out: &mut [u8], offset: usize) -> std::io::Result<()> {
@@ -71,7 +65,10 @@ impl Source {
                 }
                 None => Err(std::io::ErrorKind::UnexpectedEof.into()),
             },
-            Self::File(file) => read_exact_at(file, out, u64::try_from(offset).unwrap_or(u64::MAX)),
+            Self::File(file, opened) => {
+                read_exact_at(file, out, u64::try_from(offset).unwrap_or(u64::MAX))?;
+                inputs::unchanged(file, opened)
+            }
         }
     }
 }

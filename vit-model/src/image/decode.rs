@@ -3,7 +3,6 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read, Seek};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -12,7 +11,7 @@ use image::metadata::Orientation as Turn;
 use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use super::jpeg::Jpeg;
-use crate::{Error, Result, limits};
+use crate::{Error, Result, inputs, limits};
 
 /// Images that take more than this to decode are decoded one at a time, so that many threads need the memory of one.
 const LARGE_BYTES: u64 = 64 << 20;
@@ -79,24 +78,23 @@ impl Image {
     /// As [`open`](Self::open).
     pub fn open_with(path: impl AsRef<Path>, options: &ImageOptions) -> Result<Self> {
         let path = path.as_ref();
-        // the file is examined before it is opened, because opening a FIFO waits for a writer
         let unread = |error: std::io::Error| {
             let (path, why) = (Some(path.to_owned()), error.to_string());
             Error::Image { path, why, source: Some(error) }
         };
-        let meta = std::fs::metadata(path).map_err(unread)?;
         let refuse = |why: &str| Err(Error::image(why).within(path));
-        if meta.is_dir() {
-            return refuse("is a folder, not an image");
-        }
-        if !meta.is_file() {
-            return refuse("is not a regular file");
-        }
+        let (file, meta) = match inputs::open(path) {
+            Err(Error::Io { source, .. }) => return Err(unread(source)),
+            Err(Error::File { why, .. }) => return refuse(&why),
+            opened => opened?,
+        };
         if meta.len() == 0 {
             return refuse("empty file");
         }
-        let file = File::open(path).map_err(unread)?;
-        decode(&mut BufReader::new(file), meta.len(), options.orientation).map_err(|why| Error::image(why).within(path))
+        let decoded = decode(&mut BufReader::new(&file), meta.len(), options.orientation);
+        // if the file has changed, report that, because it explains any other error
+        inputs::unchanged(&file, &meta).map_err(unread)?;
+        decoded.map_err(|why| Error::image(why).within(path))
     }
 
     /// Decodes a file that is in memory, and turns it upright as its EXIF says.

@@ -221,9 +221,7 @@ impl<'a> Report<'a> {
     /// Writes the folder: tables, pictures and a contact sheet.
     pub fn write(&self, folder: &Path, args: &EvalArgs) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder).with_context(|| show(folder))?;
-        let inputs: Vec<&Path> = vec![&args.source, args.model.as_ref()];
-        let file =
-            |name: &str, content: &[u8]| save::file(&folder.join(name), &inputs, |out| Ok(out.write_all(content)?));
+        let file = |name: &str, content: &[u8]| save::file(&folder.join(name), |out| Ok(out.write_all(content)?));
         let e = &self.evaluation;
         file("results.json", (json_pretty(&self.json())? + "\n").as_bytes())?;
         file("classes.csv", &self.classes_csv()?)?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use vit_model::image::{Files, files};
+use vit_model::inputs;
 
 use crate::output::show;
 use crate::sources::Source;
@@ -122,7 +123,7 @@ fn folders(root: &Path) -> anyhow::Result<(From, Vec<String>)> {
 }
 
 fn reader(path: &Path) -> anyhow::Result<csv::Reader<std::fs::File>> {
-    let file = std::fs::File::open(path).with_context(|| show(path))?;
+    let (file, _) = inputs::open(path)?;
     let tabs = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("tsv"));
     Ok(csv::ReaderBuilder::new().delimiter(if tabs { b'\t' } else { b',' }).from_reader(file))
 }
