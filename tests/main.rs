@@ -28,5 +28,6 @@ mod robustness;
 #[cfg(feature = "serve")]
 mod serve;
 mod similar;
+mod sizes;
 mod support;
 mod two_tower;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vit_model::command_line::img_size;
 use vit_model::image::Orientation;
 use vit_model::{Device, Precision};
 
@@ -36,14 +37,25 @@ pub struct Cli {
     /// Report on stderr which code ran and why
     #[arg(short, long, global = true)]
     pub verbose: bool,
-    /// The architecture of weights without a configuration, by timm's name
-    #[arg(long, global = true, value_name = "NAME", help_heading = "Opening a model")]
-    pub arch: Option<String>,
-    /// Which network of a checkpoint to read, if it has several: `model_ema`, `teacher`, …
-    #[arg(long, global = true, value_name = "KEY", help_heading = "Opening a model")]
-    pub state_dict: Option<String>,
+    #[command(flatten)]
+    pub open: OpenArgs,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// What a model's files do not say, or say otherwise.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Opening a model")]
+pub struct OpenArgs {
+    /// The architecture of weights without a configuration, by timm's name
+    #[arg(long, global = true, value_name = "NAME")]
+    pub arch: Option<String>,
+    /// Which network of a checkpoint to read, if it has several: `model_ema`, `teacher`, …
+    #[arg(long, global = true, value_name = "KEY")]
+    pub state_dict: Option<String>,
+    /// Images of another size than the model's own: 384, or HEIGHTxWIDTH; position embeddings are resampled
+    #[arg(long, global = true, value_name = "SIZE", value_parser = img_size)]
+    pub img_size: Option<[usize; 2]>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -63,7 +63,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     let verbose = cli.verbose;
     inputs::protect();
-    model::say(cli.arch.as_deref(), cli.state_dict.as_deref());
+    model::say(&cli.open);
     let done = match &cli.command {
         Command::Predict(args) => return predict::run(args, verbose),
         Command::Embed(args) => return embed::run(args, verbose),

@@ -1,27 +1,41 @@
 //! The MODEL of a command line, opened: what `vit_model::resolve` finds, or an ONNX file through `vit-convert`.
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use vit_model::checkpoint::{OpenOptions, TextSource};
 use vit_model::resolve::Location;
-use vit_model::{Checkpoint, ModelInfo};
+use vit_model::{Checkpoint, Config, ModelInfo};
 
-/// What the command line says of models whose files do not say it: the same for every model of a run.
-static OPTIONS: OnceLock<OpenOptions> = OnceLock::new();
+use crate::args::OpenArgs;
+use crate::open;
 
-/// Sets what the files do not say.
-pub fn say(arch: Option<&str>, state_dict: Option<&str>) {
-    let mut options = OpenOptions::new();
-    if let Some(arch) = arch {
-        options = options.arch(arch);
+/// What the command line says of models: the same for every model of a run.
+static OPENING: OnceLock<Opening> = OnceLock::new();
+
+#[derive(Default)]
+struct Opening {
+    /// What the files do not say, if the command line does. Without it, a folder of configurations is enough for some commands.
+    options: Option<OpenOptions>,
+    /// The size of images, if it is not to be the model's own.
+    img_size: Option<[usize; 2]>,
+}
+
+/// Sets what the command line says.
+pub fn say(args: &OpenArgs) {
+    let mut options = None;
+    if let Some(arch) = &args.arch {
+        options = Some(OpenOptions::new().arch(arch));
     }
-    if let Some(key) = state_dict {
-        options = options.state_dict(key);
+    if let Some(key) = &args.state_dict {
+        options = Some(options.unwrap_or_default().state_dict(key));
     }
-    if arch.is_some() || state_dict.is_some() {
-        let _ = OPTIONS.set(options);
-    }
+    let _ = OPENING.set(Opening { options, img_size: args.img_size });
+}
+
+fn opening() -> &'static Opening {
+    OPENING.get_or_init(Opening::default)
 }
 
 /// Finds a MODEL; a repository is fetched, with a bar that shows how far it is.
@@ -35,13 +49,25 @@ pub fn find(model: &OsStr) -> anyhow::Result<Location> {
 
 /// The model's configuration and tensors. Weights are read later, by whoever runs them.
 pub fn checkpoint(model: &OsStr) -> anyhow::Result<Checkpoint> {
-    match find(model)? {
-        Location::Onnx(path) => Ok(vit_convert::open(path)?),
-        found => Ok(match OPTIONS.get() {
-            Some(options) => found.open_with(options)?,
-            None => found.open()?,
-        }),
-    }
+    let checkpoint = match (find(model)?, &opening().options) {
+        (Location::Onnx(path), _) => onnx(&path)?,
+        (found, Some(options)) => found.open_with(options)?,
+        (found, None) => found.open()?,
+    };
+    Ok(match opening().img_size {
+        Some(img_size) => checkpoint.resized(img_size).map_err(|error| open::named(model, error))?,
+        None => checkpoint,
+    })
+}
+
+/// A graph, at the size of the command line if it leaves its size open, and otherwise at its own.
+fn onnx(path: &Path) -> anyhow::Result<Checkpoint> {
+    let checkpoint = vit_convert::open(path)?;
+    let open = checkpoint.info.source.assumed().iter().any(|assumed| assumed.starts_with("img_size:"));
+    Ok(match opening().img_size {
+        Some(img_size) if open => vit_convert::open_with(path, &vit_convert::Options::new().img_size(img_size))?,
+        _ => checkpoint,
+    })
 }
 
 /// The model's text tower, whether there is an image tower beside it or not.
@@ -51,11 +77,21 @@ pub fn text(model: &OsStr) -> anyhow::Result<TextSource> {
 
 /// The model's configuration; a folder with configurations alone has one.
 pub fn info(model: &OsStr) -> anyhow::Result<ModelInfo> {
-    match find(model)? {
-        Location::Onnx(path) => Ok(vit_convert::open(path)?.info),
-        found => Ok(match OPTIONS.get() {
-            Some(options) => found.open_with(options)?.info,
-            None => found.info()?,
-        }),
+    let mut info = match (find(model)?, &opening().options) {
+        (Location::Onnx(path), _) => onnx(&path)?.info,
+        (found, Some(options)) => found.open_with(options)?.info,
+        (found, None) => found.info()?,
+    };
+    if let Some(img_size) = opening().img_size {
+        info.model = resized(info.model);
+        info.preprocess.set_input_size(img_size);
+        info.validate().map_err(|error| open::named(model, error))?;
     }
+    Ok(info)
+}
+
+/// An architecture for images of the size that the command line says.
+pub fn resized(mut config: Config) -> Config {
+    config.img_size = opening().img_size.unwrap_or(config.img_size);
+    config
 }

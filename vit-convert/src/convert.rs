@@ -194,7 +194,15 @@ pub fn convert(path: impl AsRef<Path>, options: &Options) -> Result<Converted> {
 /// # Errors
 /// As [`convert`], except for those of the verification.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
-    read(path.as_ref(), &Options::default()).map(|read| read.checkpoint)
+    open_with(path, &Options::default())
+}
+
+/// As [`open`], with options: the size of a graph that leaves it open, the output that is the answer, labels and preprocessing.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(path: impl AsRef<Path>, options: &Options) -> Result<Checkpoint> {
+    read(path.as_ref(), options).map(|read| read.checkpoint)
 }
 
 /// Like [`open`], but also returns what was recovered from which part of the graph.

@@ -33,7 +33,7 @@ pub mod signals;
 mod tests;
 mod verify;
 
-pub use convert::{Converted, Options, Verify, convert, inspect, open};
+pub use convert::{Converted, Options, Verify, convert, inspect, open, open_with};
 pub use error::{Error, Result};
 pub use import::spec::{Evidence, Imported, InputSpec, Module, OutputSpec, Provenance};
 pub use preset::parse as preprocess;

@@ -59,7 +59,7 @@ struct Args {
     #[arg(long)]
     force: bool,
     /// The image size if the file leaves it open: pixels, or HEIGHTxWIDTH.
-    #[arg(long, value_name = "SIZE", value_parser = img_size)]
+    #[arg(long, value_name = "SIZE", value_parser = vit_model::command_line::img_size)]
     img_size: Option<[usize; 2]>,
     /// The architecture of weights without a configuration, by timm's name.
     #[arg(long, value_name = "NAME")]
@@ -415,16 +415,6 @@ fn answer(args: &Args, model: &Checkpoint, notes: &[String]) -> anyhow::Result<(
 /// Class names from a file.
 fn labels(path: &Path) -> anyhow::Result<Vec<String>> {
     Ok(vit_model::labels::read(path)?)
-}
-
-/// `224`, or `224x320`: height and width.
-fn img_size(text: &str) -> Result<[usize; 2], String> {
-    let side = |text: &str| text.trim().parse::<usize>().ok().filter(|n| (1..=16384).contains(n));
-    let (h, w) = text.split_once(['x', '×']).unwrap_or((text, text));
-    match (side(h), side(w)) {
-        (Some(h), Some(w)) => Ok([h, w]),
-        _ => Err("expected a number of pixels, or HEIGHTxWIDTH".into()),
-    }
 }
 
 /// Escapes control characters, so that the text stays on one line, and limits its length.

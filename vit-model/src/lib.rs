@@ -41,6 +41,8 @@
 #![cfg_attr(feature = "document-features", doc = document_features::document_features!())]
 
 pub mod checkpoint;
+#[doc(hidden)]
+pub mod command_line;
 pub mod config;
 mod cpu;
 mod device;

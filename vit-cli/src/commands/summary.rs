@@ -27,7 +27,7 @@ pub fn run(args: &SummaryArgs) -> anyhow::Result<()> {
 /// The architecture of a model, or the one with this timm name. Needs no weights.
 fn config(model: &OsStr) -> anyhow::Result<Config> {
     match model.to_str().and_then(Architecture::of) {
-        Some(architecture) if !Path::new(model).exists() => Ok(architecture.config),
+        Some(architecture) if !Path::new(model).exists() => Ok(crate::model::resized(architecture.config)),
         _ => Ok(crate::model::info(model)?.model),
     }
 }
