@@ -63,7 +63,7 @@ pub fn file<E: From<Error>>(
 }
 
 /// Where the bytes go: through a link to its target. Refuses folders, devices and the inputs.
-fn destination(path: &Path, own: &[impl AsRef<Path>]) -> Result<PathBuf> {
+fn destination<P: AsRef<Path>>(path: &Path, own: &[P]) -> Result<PathBuf> {
     if path.file_name().is_none() {
         return Err(Error::file(path, "is not the name of a file"));
     }
@@ -96,7 +96,7 @@ fn destination(path: &Path, own: &[impl AsRef<Path>]) -> Result<PathBuf> {
 pub fn check(outputs: &[&Path]) -> Result<()> {
     let mut places: Vec<PathBuf> = Vec::new();
     for path in outputs {
-        let target = destination(path, &[] as &[&Path])?;
+        let target = destination::<&Path>(path, &[])?;
         // a file that does not exist yet is known by its name in its folder
         let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let folder = fs::canonicalize(folder).or_else(|_| std::path::absolute(folder)).map_err(Error::io(*path))?;
