@@ -154,3 +154,20 @@ fn bench_compares_every_kernel_and_precision_of_the_machine() {
     assert!(done.stderr.contains("candle's modules alone run this model: the CPU engine has no"), "{done:?}");
     assert_eq!(done.good().lines().count(), 3);
 }
+
+/// What `doctor` says is true of this process, and it tells no secret.
+#[test]
+fn doctor_says_what_there_is() {
+    let mut command = vit_cli();
+    command.args(["doctor", "--offline", "--json"]).env("HF_TOKEN", "hf_secret").env("VIT_CPU", "portable");
+    let found: serde_json::Value = serde_json::from_str(&finish(&mut command).good()).unwrap();
+    assert!(!found.to_string().contains("hf_secret"));
+    assert_eq!(found["environment"]["HF_TOKEN"], "(set)");
+    assert_eq!(found["CPU"]["kernels portable"], "f32, bf16 (used)");
+    let threads = found["CPU"]["threads"].as_str().unwrap();
+    assert!(threads.starts_with(&format!("{} by default", vit_model::engine::physical_cores())), "{threads}");
+    let features = found["build"]["features"].as_str().unwrap();
+    assert_eq!(features.contains("serve"), cfg!(feature = "serve"));
+    let text = run(["doctor", "--offline"]).good();
+    assert!(text.lines().all(|line| line.chars().count() < 200), "{text}");
+}

@@ -77,6 +77,7 @@ pub enum Command {
     Models(ModelsArgs),
     #[cfg(feature = "hub")]
     Pull(PullArgs),
+    Doctor(DoctorArgs),
     Completions(CompletionsArgs),
     Man(ManArgs),
 }
@@ -639,6 +640,17 @@ pub struct PullArgs {
     /// Repository ids, optionally at a revision, or short names (see `vit-cli models`)
     #[arg(required = true, value_name = "REPOSITORY")]
     pub models: Vec<String>,
+}
+
+/// Says what this build and this machine have, and what would make models faster
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Do not ask the Hub
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Prints a completion script for a shell

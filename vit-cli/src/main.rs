@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use args::{Cli, Command};
 use clap::{CommandFactory as _, Parser as _};
-use commands::{bench, compare, embed, eval, explain, forward, inspect, predict, preprocess, similar, summary};
+use commands::{bench, compare, doctor, embed, eval, explain, forward, inspect, predict, preprocess, similar, summary};
 #[cfg(feature = "hub")]
 use commands::{models, pull};
 use output::ReaderGone;
@@ -82,6 +82,7 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
         Command::Models(args) => models::run(args),
         #[cfg(feature = "hub")]
         Command::Pull(args) => pull::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "vit-cli", &mut script);

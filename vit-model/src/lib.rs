@@ -97,5 +97,5 @@ pub use weights::{Dtype, TensorInfo, Weights};
 /// release.
 #[doc(hidden)]
 pub mod engine {
-    pub use crate::cpu::{Engine, EngineOptions, bench, physical_cores};
+    pub use crate::cpu::{Engine, EngineOptions, bench, hardware_threads, physical_cores, precisions};
 }

@@ -17,6 +17,13 @@ use crate::{Error, Precision, Result};
 /// A kernel, with the instruction set and the precision that it really has.
 pub(super) type Chosen = (Box<dyn Kernel>, Isa, Precision);
 
+/// The precisions in which kernels of an instruction set really compute on this CPU.
+pub fn precisions(isa: Isa) -> Vec<Precision> {
+    let all = [Precision::F32, Precision::Bf16x3, Precision::Bf16, Precision::Int8];
+    let runs = |precision: &Precision| matches!(choose(isa, *precision), Ok((_, there, has)) if there == isa && has == *precision);
+    all.into_iter().filter(runs).collect()
+}
+
 /// The kernel for an instruction set and a precision.
 ///
 /// # Errors

@@ -60,6 +60,7 @@ mod threads;
 mod tiles;
 mod workspace;
 
-pub use cores::physical_cores;
+pub use choose::precisions;
+pub use cores::{available as hardware_threads, physical_cores};
 pub use engine::{Engine, EngineOptions, Output};
 pub use isa::Isa;

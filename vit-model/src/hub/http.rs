@@ -115,6 +115,15 @@ impl Client {
         self.patience
     }
 
+    /// How long the endpoint takes to answer one request.
+    pub fn reach(&self) -> Result<Duration> {
+        let started = Instant::now();
+        match self.agent.head(&self.endpoint).call() {
+            Ok(_) => Ok(started.elapsed()),
+            Err(error) => Err(Error::Hub(format!("{}: {error}", self.endpoint))),
+        }
+    }
+
     /// Sends a HEAD request for a file. Returns `None` if the repository has no such file.
     pub fn head(&self, url: &str) -> Result<Option<Meta>> {
         let (mut at, mut commit) = (url.to_owned(), None);

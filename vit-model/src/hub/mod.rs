@@ -289,6 +289,17 @@ impl Hub {
         found
     }
 
+    /// How long the Hub takes to answer, whatever it says.
+    ///
+    /// # Errors
+    /// Why it cannot be reached, or that `HF_HUB_OFFLINE` forbids it.
+    pub fn reach(&self) -> Result<Duration> {
+        match &self.client {
+            Some(client) => client.reach(),
+            None => Err(Error::Hub("HF_HUB_OFFLINE forbids connections".into())),
+        }
+    }
+
     /// The folder of the cache.
     pub fn cache(&self) -> &Path {
         self.cache.path()
