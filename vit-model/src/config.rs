@@ -313,7 +313,7 @@ impl Config {
     }
 
     /// The largest number of patches in an image.
-    pub const MAX_PATCHES: usize = 1 << 20;
+    pub const MAX_PATCHES: usize = 1 << 16;
 
     /// Rows of `pos_embed` that belong to prefix tokens.
     pub fn pos_embed_prefix(&self) -> usize {

@@ -6,6 +6,8 @@
 pub const JSON_BYTES: usize = 16 << 20;
 /// Bytes of a file of class names.
 pub const LABELS_BYTES: usize = 64 << 20;
+/// Classes without a name among those that have one.
+pub const UNNAMED_CLASSES: usize = 1 << 18;
 /// Bytes of a safetensors header, as the format says.
 pub const HEADER_BYTES: usize = 100_000_000;
 /// Dimensions of a tensor.

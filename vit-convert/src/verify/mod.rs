@@ -70,10 +70,21 @@ pub fn verify(graph: &Graph, checkpoint: &Checkpoint, reading: &Reading) -> Resu
         let arithmetic = if format == Format::F32 { Arithmetic::AsStored } else { Arithmetic::Ideal };
         // both run concurrently, so that neither leaves cores idle
         let (ours, theirs) = std::thread::scope(|scope| {
-            let values = input.values.clone();
-            let theirs = scope.spawn(|| run::run_watched(graph, values, &ids, arithmetic, &mut |_, _| {}));
+            let evaluate = || run::run_watched(graph, input.values.clone(), &ids, arithmetic, &mut |_, _| {});
+            let theirs = std::thread::Builder::new().spawn_scoped(scope, evaluate);
             let ours = Answers::of(model, &input.pixels, input.batch, reading.unit);
-            (ours, theirs.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            // one after the other if no thread can be started
+            let theirs = theirs.map(|theirs| theirs.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            (ours, theirs.unwrap_or_else(|_| evaluate()))
+        });
+        let theirs = theirs.map_err(|error| match batch {
+            Some(batch) if batch > inputs::MOST as u64 => Error::Graph(format!(
+                "the graph declares batches of {batch} images, of which at most {} are run to verify it, and with {} it fails: \
+                 {error}; export it with a batch of 1 or any, or leave the proof out with --no-verify",
+                inputs::MOST,
+                input.batch
+            )),
+            _ => error.into(),
         });
         let (ours, theirs) = (ours?, theirs?);
         proof.inputs += input.batch;

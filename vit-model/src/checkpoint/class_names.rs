@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 
 /// Class names, and what was assumed about those that are missing or too many. A class without a name is called by its number.
 pub(super) type Named = (Option<Vec<String>>, Option<String>);
@@ -42,6 +42,13 @@ pub(super) fn by_number(key: &str, names: Option<&Value>, classes: usize) -> Res
         return Ok((None, None));
     }
     let named = found.range(..classes).count();
+    // each gets its number as its name
+    if classes.saturating_sub(named) > limits::UNNAMED_CLASSES {
+        return Err(fail(format!(
+            "names {named} of {classes} classes; at most {} may have no name",
+            limits::UNNAMED_CLASSES
+        )));
+    }
     let note = (named != classes || found.len() != named).then(|| {
         let unnamed = classes.saturating_sub(named);
         let rest = match (unnamed, found.len().saturating_sub(named)) {

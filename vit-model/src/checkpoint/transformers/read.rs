@@ -157,6 +157,8 @@ pub(in crate::checkpoint) fn info(
         _ if family == Family::Siglip && !get.flag("vision_use_head", true)? => model.global_pool = Pool::None,
         _ => {}
     }
+    // the names of the blocks are made from the depth
+    model.validate()?;
     let names = match tensors {
         Some(tensors) => Names::new(family, model_type, tensors, &mut model).map_err(fail)?,
         None => Names::default(),
