@@ -16,6 +16,8 @@ mod guide;
 mod hub;
 mod integrity;
 mod library;
+#[cfg(unix)]
+mod limits;
 mod onnx;
 mod outputs;
 mod parity;
@@ -24,6 +26,8 @@ mod predictor;
 mod process;
 mod quantised;
 mod readings;
+#[cfg(target_os = "linux")]
+mod resources;
 mod robustness;
 #[cfg(feature = "serve")]
 mod serve;

@@ -25,6 +25,7 @@ use commands::{bench, compare, doctor, embed, eval, explain, forward, inspect, p
 #[cfg(feature = "hub")]
 use commands::{models, pull};
 use output::ReaderGone;
+use vit_convert::process;
 use vit_model::inputs;
 
 /// Whether everything that was asked for was done.
@@ -37,6 +38,10 @@ pub enum Outcome {
 }
 
 fn main() -> ExitCode {
+    process::with_stack(program)
+}
+
+fn program() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -63,6 +68,23 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     let verbose = cli.verbose;
     inputs::protect();
+    let threads = match &cli.command {
+        Command::Predict(args) => args.run.threads,
+        Command::Embed(args) => args.run.threads,
+        Command::Explain(args) => args.run.threads,
+        Command::Forward(args) => args.run.threads,
+        Command::Similar(args) => args.run.threads,
+        Command::Eval(args) => args.run.threads,
+        Command::Compare(args) => args.run.threads,
+        Command::Bench(args) => args.run.threads,
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => args.run.threads,
+        _ => None,
+    };
+    // an imported model, candle's modules and the reading of images use them
+    if !matches!(cli.command, Command::Completions(_) | Command::Man(_)) {
+        process::start_threads(threads.map(usize::from));
+    }
     model::say(&cli.open);
     let done = match &cli.command {
         Command::Predict(args) => return predict::run(args, verbose),

@@ -17,9 +17,6 @@ pub fn builder(run: RunArgs) -> Builder {
         builder = builder.runtime(Runtime::Modules);
     }
     if let Some(threads) = run.threads.map(usize::from) {
-        // an imported model and candle's modules use rayon's global pool; this fails only if the pool runs already, and then
-        // nothing is lost
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         builder = builder.threads(threads);
     }
     builder

@@ -167,10 +167,11 @@ pub fn convert(path: impl AsRef<Path>, options: &Options) -> Result<Converted> {
     }
     let (sha256, verified) = std::thread::scope(|scope| -> Result<_> {
         // one thread is enough for the digest, so it runs while the others verify
-        let digest = scope.spawn(|| file.sha256());
+        let digest = std::thread::Builder::new().spawn_scoped(scope, || file.sha256());
         let prove = || verify::verify(&graph, &checkpoint, &reading(&imported)).map_err(Error::from).map_err(at);
         let verified = (options.verify != Verify::Skip).then(prove).transpose()?;
-        Ok((digest.join().unwrap_or_else(|_| file.sha256())?, verified))
+        let digest = digest.ok().and_then(|digest| digest.join().ok());
+        Ok((digest.unwrap_or_else(|| file.sha256())?, verified))
     })?;
     graph.check()?;
     checkpoint.info.source = std::mem::take(&mut checkpoint.info.source).with_sha256(&sha256);

@@ -25,6 +25,7 @@ mod import;
 mod neighbours;
 mod onnx;
 mod preset;
+pub mod process;
 #[doc(hidden)]
 pub mod program;
 mod quantise;

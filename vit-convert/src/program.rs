@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    Options, Verify, convert, explain, preset,
+    Options, Verify, convert, explain, preset, process,
     quantise::{self, Moved},
     signals,
 };
@@ -130,6 +130,10 @@ enum Library {
 
 /// The program.
 pub fn main() -> ExitCode {
+    process::with_stack(program)
+}
+
+fn program() -> ExitCode {
     signals::guard();
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -154,6 +158,7 @@ pub fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     inputs::protect();
+    process::start_threads(None);
     if args.verify_with.is_some() && cfg!(not(feature = "candle-onnx")) {
         bail!("--verify-with candle: this program was built without it; build with --features candle-onnx");
     }

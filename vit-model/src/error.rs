@@ -84,6 +84,15 @@ pub enum Error {
         /// Why it cannot be used.
         why: String,
     },
+    /// The system has not enough memory.
+    #[error("not enough memory for {what}, {bytes} bytes")]
+    #[non_exhaustive]
+    Memory {
+        /// What it is needed for.
+        what: String,
+        /// How much could not be had in one piece.
+        bytes: usize,
+    },
     /// The Hub, or the connection to it.
     #[error("hub: {0}")]
     Hub(String),
@@ -168,7 +177,12 @@ impl Error {
             | Self::Config { path, .. }
             | Self::Image { path, .. }
             | Self::Unsupported { path, .. } => path.as_deref(),
-            Self::Input(_) | Self::Output(_) | Self::Device { .. } | Self::Hub(_) | Self::Candle(_) => None,
+            Self::Input(_)
+            | Self::Output(_)
+            | Self::Device { .. }
+            | Self::Memory { .. }
+            | Self::Hub(_)
+            | Self::Candle(_) => None,
         }
     }
 
@@ -185,9 +199,12 @@ impl Error {
                 self
             }
             Self::Io { .. } | Self::File { .. } => self,
-            Self::Input(_) | Self::Output(_) | Self::Device { .. } | Self::Hub(_) | Self::Candle(_) => {
-                Self::file(path, self.to_string())
-            }
+            Self::Input(_)
+            | Self::Output(_)
+            | Self::Device { .. }
+            | Self::Memory { .. }
+            | Self::Hub(_)
+            | Self::Candle(_) => Self::file(path, self.to_string()),
         }
     }
 }

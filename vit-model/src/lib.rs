@@ -59,6 +59,7 @@ mod json;
 pub mod labels;
 pub mod layers;
 pub mod limits;
+mod memory;
 pub mod metrics;
 pub mod names;
 mod precision;

@@ -18,7 +18,7 @@ use crate::{
     Error, Result,
     checkpoint::checksum::{Checksum, Checksums},
     checkpoint::safetensors::Source,
-    limits,
+    limits, memory,
     weights::{Dtype, TensorInfo, Weights, check_finite},
 };
 
@@ -141,7 +141,7 @@ impl Gguf {
 
     /// A tensor's bytes as they are stored, after comparing them with the checksum.
     fn bytes(&self, name: &str, place: Place) -> Result<Vec<u8>> {
-        let mut out = vec![0; place.len];
+        let mut out = memory::zeros(place.len, name)?;
         self.source.read_exact_at(&mut out, place.offset).map_err(Error::io(&self.path))?;
         if let (Some(checksums), Some(info)) = (&self.checksums, self.tensors.get(name)) {
             let compared = checksums.compare(name, Checksum::of_tensor(name, info, &out));

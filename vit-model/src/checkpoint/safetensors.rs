@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     checkpoint::checksum::{Checksums, Running},
     checkpoint::element::Element,
-    inputs, limits,
+    inputs, limits, memory,
     weights::{Dtype, ReadAt, TensorInfo, Weights, check_finite, too_short, whole},
 };
 
@@ -144,7 +144,7 @@ impl Safetensors {
         let Some(data_len) = behind.checked_sub(header_len) else {
             return Err(fail(format!("ends within its header of {header_len} bytes (was it copied completely?)")));
         };
-        let mut header = vec![0; header_len];
+        let mut header = memory::zeros(header_len, "the header")?;
         source.read_exact_at(&mut header, 8).map_err(Error::io(path))?;
         let header: Header =
             serde_json::from_slice(&header).map_err(|error| fail(format!("has a damaged header: {error}")))?;
@@ -255,7 +255,7 @@ impl Weights for Safetensors {
     fn read(&self, name: &str) -> Result<Vec<u8>> {
         let (mut at, len, element) = self.place(name)?;
         let mut running = self.running(name);
-        let mut out = vec![0; len];
+        let mut out = memory::zeros(len, name)?;
         for part in out.chunks_mut(BLOCK) {
             self.source.read_exact_at(part, at).map_err(Error::io(&self.path))?;
             if let Some(running) = &mut running {

@@ -293,14 +293,17 @@ impl<'a> Output<'a> {
             }
         };
         thread::scope(|scope| {
-            let early = (self.layout.data_len > 2 * SYNC_EVERY).then(|| scope.spawn(sync_early));
-            let others: Vec<_> = (1..how.threads).map(|_| scope.spawn(work)).collect();
+            let early =
+                (self.layout.data_len > 2 * SYNC_EVERY).then(|| thread::Builder::new().spawn_scoped(scope, sync_early));
+            // as many as the system can start
+            let others: Vec<_> =
+                (1..how.threads).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
             work();
             for other in others {
                 let _ = other.join();
             }
             finished.store(true, Ordering::Release);
-            if let Some(early) = early {
+            if let Some(Ok(early)) = early {
                 early.thread().unpark();
             }
         });

@@ -1,8 +1,11 @@
 //! Memory for weights and activations: aligned to cache lines, and in huge pages if it is large.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::panic::resume_unwind;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+use crate::memory::{NoMemory, has};
 
 const LINE: usize = 64;
 /// Buffers of at least so many bytes are cut from a [`Slab`](slab::Slab).
@@ -24,16 +27,20 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// `len` zeroed bytes.
+    /// `len` zeroed bytes. If the system has not so many, this unwinds with [`NoMemory`], which [`crate::memory::guarded`] catches.
     pub(crate) fn new(len: usize) -> Self {
         let layout = Layout::from_size_align(len.max(1), LINE).expect("the size of a buffer fits the address space");
+        let none = || -> ! { resume_unwind(Box::new(NoMemory { bytes: len })) };
+        if len >= LARGE && !has(len) {
+            none()
+        }
         if len >= LARGE
             && let Some((slab, start)) = slab::take(len)
         {
             return Self { start, layout, len, slab: Some(slab) };
         }
         // SAFETY: the layout has at least one byte
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| handle_alloc_error(layout));
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap_or_else(|| none());
         Self { start, layout, len, slab: None }
     }
 

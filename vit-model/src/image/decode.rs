@@ -11,7 +11,7 @@ use image::metadata::Orientation as Turn;
 use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use super::jpeg::Jpeg;
-use crate::{Error, Result, inputs, limits};
+use crate::{Error, Result, inputs, limits, memory};
 
 /// Images that take more than this to decode are decoded one at a time, so that many threads need the memory of one.
 const LARGE_BYTES: u64 = 64 << 20;
@@ -276,7 +276,7 @@ fn turn(bytes: u64) -> Option<std::sync::MutexGuard<'static, ()>> {
 fn buffer(width: u32, height: u32, samples: usize) -> Result<Vec<u8>, String> {
     let rgb = u64::from(width).saturating_mul(u64::from(height)).saturating_mul(3);
     let len = usize::try_from(rgb).map_err(|e| e.to_string())?.max(samples);
-    Ok(vec![0; len])
+    memory::zeros(len, "the picture").map_err(|error| error.to_string())
 }
 
 /// The message of an error of `image`, in one line, with a truncated file called so.

@@ -1,6 +1,7 @@
 //! Answers for any number of inputs: the next ones are read and preprocessed while the model runs.
 
 use std::panic::resume_unwind;
+use std::sync::{Mutex, PoisonError};
 use std::{iter, mem, thread, vec};
 
 use rayon::prelude::*;
@@ -205,16 +206,25 @@ impl<'p, I: Iterator> Ahead<'p, I> {
         let batch = mem::take(&mut self.prepared);
         let (inputs, memory) = (self.pull(), mem::take(&mut self.spare));
         let (pool, wanted, output) = (self.pool.as_ref(), self.wanted, &mut self.output);
+        let none_left = inputs.is_empty();
+        let next = Mutex::new(Some((inputs, memory)));
+        let prepare = || {
+            let (inputs, memory) = next.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+            Some(within(pool, || Batch::prepare(model, inputs, memory)))
+        };
         let ran = thread::scope(|scope| {
-            let ahead = (!inputs.is_empty())
-                .then(|| scope.spawn(move || within(pool, || Batch::prepare(model, inputs, memory))));
+            // if no thread can be started, the next batch is prepared after this one has run
+            let ahead = (!none_left).then(|| thread::Builder::new().spawn_scoped(scope, prepare));
             let ran = match batch.good {
                 0 => Ok(()),
                 good => model.forward_into(&batch.pixels, good, wanted, output),
             };
-            if let Some(ahead) = ahead {
-                self.prepared = ahead.join().unwrap_or_else(|panic| resume_unwind(panic));
-            }
+            let prepared = match ahead {
+                Some(Ok(ahead)) => ahead.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Some(Err(_)) => prepare(),
+                None => None,
+            };
+            self.prepared = prepared.unwrap_or_default();
             ran
         });
         self.spare = batch.pixels;

@@ -12,7 +12,7 @@ use crate::image::{ImageOptions, Preprocess};
 use crate::labels::{self, Prediction};
 use crate::precision::Precision;
 use crate::text::TextModel;
-use crate::{Config, Error, Pool, Result};
+use crate::{Config, Error, Pool, Result, memory};
 
 /// The checkpoint, what runs it, and how images become its input.
 pub(super) struct Loaded {
@@ -89,7 +89,7 @@ impl Loaded {
             Runner::Engine(engine) => engine,
             Runner::Modules(modules) => return modules.forward_into(pixels, batch, wanted, output),
         };
-        match wanted {
+        memory::guarded("the activations", || match wanted {
             Wanted::All => engine.forward_into(pixels, batch, output),
             Wanted::Head => engine.forward_head_into(pixels, batch, output),
             Wanted::Logits => {
@@ -102,7 +102,7 @@ impl Loaded {
                     engine.logits_into(pixels, batch, &mut output.pre_logits)
                 }
             }
-        }
+        })
     }
 
     /// The shapes of a batch's [`Output`].
@@ -225,10 +225,10 @@ impl Runner {
             }
         };
         let asked = cpu::EngineOptions { threads: options.threads, precision, isa: Some(isa) };
-        let engine = match options.loading {
+        let engine = memory::guarded("the weights", || match options.loading {
             Loading::Streamed => cpu::Engine::streamed(config, weights.clone(), &asked),
             Loading::Held => cpu::Engine::new(config, &**weights, &asked),
-        };
+        });
         match engine {
             Ok(engine) => {
                 let backend = Backend {

@@ -43,6 +43,8 @@ pub(crate) fn tensor(weights: &dyn Weights, name: &str, dtype: DType, device: &D
     let info = weights.tensors().get(name).ok_or_else(|| Error::missing(name))?;
     let stored = candle_dtype(info.dtype);
     let bytes = weights.read(name)?;
+    // candle copies it, and a linear layer copies it once more to put its bias beside it; candle itself cannot report a lack
+    crate::memory::check(bytes.len().saturating_mul(2), name)?;
     let tensor = if stored == dtype || device.is_cpu() {
         Tensor::from_raw_buffer(&bytes, stored, &info.shape, device)?
     } else {

@@ -26,7 +26,7 @@ use self::{
 use crate::{
     Error, Result,
     checkpoint::{element::Element, safetensors::Source},
-    limits,
+    limits, memory,
     weights::{ReadAt, TensorInfo, Weights, check_finite, too_short, whole},
 };
 
@@ -146,7 +146,7 @@ impl Pickle {
     }
 
     fn bytes(&self, start: usize, len: usize) -> Result<Vec<u8>> {
-        let mut out = vec![0; len];
+        let mut out = memory::zeros(len, "a tensor")?;
         let mut at = start;
         for part in out.chunks_mut(BLOCK) {
             self.source.read_exact_at(part, at).map_err(Error::io(&self.path))?;
@@ -172,7 +172,7 @@ fn zipped(source: &Source, len: usize) -> Result<Container, String> {
         if size > most {
             return Err(format!("has a pickle of {size} bytes, at most {most} are read"));
         }
-        let mut bytes = vec![0; size];
+        let mut bytes = memory::zeros(size, name).map_err(|error| error.to_string())?;
         source.read_exact_at(&mut bytes, at).map_err(|error| format!("{folder}{name}: {error}"))?;
         Ok(bytes)
     };
