@@ -2,7 +2,7 @@
 //! models really differ.
 
 use crate::labels::Prediction;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Bins of confidence, as in Guo et al., *On Calibration of Modern Neural Networks* (arXiv 1706.04599).
 const BINS: usize = 15;
@@ -54,7 +54,7 @@ impl Tally {
     /// An empty tally of `classes` classes.
     ///
     /// # Errors
-    /// [`Error::Input`] for more than [`MAX_CLASSES`](Self::MAX_CLASSES), or more than there is memory for.
+    /// [`Error::Input`] for more than [`MAX_CLASSES`](Self::MAX_CLASSES); [`Error::Memory`] for more than there is memory for.
     pub fn new(classes: usize) -> Result<Self> {
         Ok(Self {
             confusion: Confusion::new(classes)?,
@@ -213,12 +213,12 @@ pub struct Confusion {
 
 impl Confusion {
     fn new(classes: usize) -> Result<Self> {
-        let refused = || Error::Input(format!("a confusion matrix of {classes} classes needs too much memory"));
-        let cells = classes.checked_mul(classes).filter(|_| classes <= Tally::MAX_CLASSES).ok_or_else(refused)?;
-        let mut counts = Vec::new();
-        counts.try_reserve_exact(cells).map_err(|_| refused())?;
-        counts.resize(cells, 0);
-        Ok(Self { classes, counts })
+        if classes > Tally::MAX_CLASSES {
+            return Err(Error::Input(format!("{classes} classes, but at most {} can be counted", Tally::MAX_CLASSES)));
+        }
+        let cells = classes * classes;
+        memory::check(cells * 8, "a confusion matrix")?;
+        Ok(Self { classes, counts: vec![0; cells] })
     }
 
     fn add(&mut self, truth: usize, predicted: usize) -> Result<()> {

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::checkpoint::safetensors::Safetensors;
 use crate::vectorize::dispatch;
 use crate::weights::{Dtype, Weights as _};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// The tensor with the vectors.
 const TENSOR: &str = "embeddings";
@@ -162,9 +162,9 @@ impl Index {
     /// What cannot be read; a lack of memory.
     pub fn duplicates(&self, threshold: f32) -> Result<Vec<(usize, usize, f32)>> {
         let count = self.rows.saturating_mul(self.len);
-        let mut unit: Vec<f32> = Vec::new();
-        unit.try_reserve_exact(count)
-            .map_err(|_| Error::Input(format!("not enough memory for the index: {} bytes", count.saturating_mul(4))))?;
+        // the file's bytes and their values are there at once
+        memory::check(count.saturating_mul(8), "the index")?;
+        let mut unit: Vec<f32> = Vec::with_capacity(count);
         for value in self.file.read(TENSOR)?.chunks_exact(4) {
             unit.push(f32::from_le_bytes(value.try_into().unwrap_or_default()));
         }
