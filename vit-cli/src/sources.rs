@@ -19,6 +19,9 @@ use crate::{Outcome, complain, open};
 /// Most bytes of an image on stdin.
 const MAX_STDIN: u64 = 1 << 30;
 
+/// Bytes that say whether stdin is an image.
+const START: u64 = 512;
+
 /// One input, or why there is none.
 #[derive(Clone, Debug)]
 pub enum Source {
@@ -62,9 +65,14 @@ impl Source {
             Self::File(path) => Ok(path.clone().into()),
             Self::Bad(_, why) => Err(bad(why.clone())),
             Self::Stdin => {
-                let mut bytes = Vec::new();
-                let read = std::io::stdin().lock().take(MAX_STDIN + 1).read_to_end(&mut bytes);
-                read.map_err(|error| bad(format!("standard input: {error}")))?;
+                let (mut bytes, mut stdin) = (Vec::new(), std::io::stdin().lock());
+                let unread = |error: std::io::Error| bad(format!("standard input: {error}"));
+                // what is no image need not end
+                (&mut stdin).take(START).read_to_end(&mut bytes).map_err(unread)?;
+                if bytes.len() as u64 == START {
+                    Image::check_start(&bytes).map_err(|error| error.within(self.name().as_ref()))?;
+                }
+                stdin.take(MAX_STDIN + 1 - bytes.len() as u64).read_to_end(&mut bytes).map_err(unread)?;
                 if bytes.len() as u64 > MAX_STDIN {
                     return Err(bad(format!("over {MAX_STDIN} bytes on standard input")));
                 }

@@ -97,6 +97,17 @@ impl Image {
         decoded.map_err(|why| Error::image(why).within(path))
     }
 
+    /// Looks at the first bytes of a file (some hundred are enough), before the rest is read.
+    ///
+    /// # Errors
+    /// [`Error::Image`] if they belong to no known format, with what they look like.
+    pub fn check_start(bytes: &[u8]) -> Result<()> {
+        // a reader without a file's name knows the formats that are compiled in, as `decode` does
+        let guessed = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+        let known = guessed.is_ok_and(|reader| reader.format().is_some());
+        if known { Ok(()) } else { Err(Error::image(not_an_image(bytes))) }
+    }
+
     /// Decodes a file that is in memory, and turns it upright as its EXIF says.
     ///
     /// # Errors
