@@ -342,3 +342,176 @@ fn sizes_that_overflow_are_errors() {
             .concat();
     refused(&from("siglip_vision", "config.json"), &broken, "in_proj_weight");
 }
+
+/// Weights that are finite, and products that are not: every command refuses the answer and names the module.
+#[test]
+fn an_answer_that_is_not_finite_is_refused_and_its_module_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let sample = root().join("weights/digits/samples/3.png");
+    let whole = fs::read(root().join("weights/digits/model.safetensors")).unwrap();
+    for (tensor, module) in
+        [("patch_embed.proj.weight", "patch_embed"), ("blocks.1.mlp.fc2.weight", "blocks.1"), ("head.weight", "head")]
+    {
+        let mut parts = Parts::of(&whole);
+        parts.without_checksums();
+        let range = parts.range(tensor);
+        let wide = parts.header[tensor]["dtype"] == "F32";
+        for (k, value) in parts.data[range].chunks_exact_mut(if wide { 4 } else { 2 }).enumerate() {
+            let large = if k % 2 == 0 { 3e38_f32 } else { 2.9e38 };
+            match value.len() {
+                4 => value.copy_from_slice(&large.to_le_bytes()),
+                _ => value.copy_from_slice(&half::bf16::from_f32(large).to_le_bytes()),
+            }
+        }
+        if !wide {
+            parts.header[tensor]["dtype"] = "BF16".into();
+        }
+        fs::write(at("m.safetensors"), parts.bytes()).unwrap();
+        let x = at("x.safetensors");
+        finish(vit_cli().arg("preprocess").arg(at("m.safetensors")).arg(&sample).arg("-o").arg(&x)).good();
+        for more in [&["--precision", "f32"][..], &["--precision", "bf16x3"], &["--precision", "bf16"], &["--modules"]]
+        {
+            let run = |args: &[&str]| {
+                let mut command = vit_cli();
+                command.args(args).args(more).current_dir(folder.path());
+                command
+            };
+            let says = format!("is `{module}`");
+            let sample = sample.to_str().unwrap();
+            for args in [
+                &["predict", sample, "-m", "m.safetensors"][..],
+                &["predict", sample, sample, "-m", "m.safetensors", "--batch", "2"],
+                &["embed", sample, "-m", "m.safetensors"],
+                &["forward", "m.safetensors", "--input", "x.safetensors", "-t", "pixel_values", "-o", "y.safetensors"],
+                &["compare", "m.safetensors", "m.safetensors", "--inputs", "1"],
+                &["compare", "digits", "m.safetensors", "--inputs", "1"],
+                &["bench", "m.safetensors", "--iters", "1", "--warmup", "0"],
+            ] {
+                let done = finish(&mut run(args));
+                if done.stderr.contains("not supported") {
+                    continue; // a precision that this CPU lacks
+                }
+                // what the head reads is good if the head alone is not
+                if args[0] == "embed" && module == "head" {
+                    done.good();
+                    continue;
+                }
+                let code = if args[0] == "predict" || args[0] == "embed" { 1 } else { 2 };
+                let done = done.bad(code, &[&says]);
+                assert!(!done.stdout.contains("NaN") && !at("y.safetensors").exists(), "{done:?}");
+            }
+        }
+        let mut explain = vit_cli();
+        explain.arg("explain").arg(&sample).args(["-m", "m.safetensors", "-o", "e.png"]).current_dir(folder.path());
+        if module == "patch_embed" {
+            finish(&mut explain).bad(2, &["is `patch_embed`"]);
+        }
+    }
+}
+
+/// A name that is an image at one moment and a pipe at the next: no command waits for a writer.
+#[cfg(unix)]
+#[test]
+fn a_name_that_turns_into_a_pipe_does_not_block() {
+    use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::copy(root().join("weights/digits/samples/3.png"), at("image.png")).unwrap();
+    fs::copy(root().join("weights/digits/model.safetensors"), at("model.safetensors")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for (target, name) in [("image.png", "i"), ("model.safetensors", "m")] {
+                    for target in ["pipe", target] {
+                        symlink(target, at("new")).unwrap();
+                        fs::rename(at("new"), at(name)).unwrap();
+                    }
+                }
+            }
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        let start = std::time::Instant::now();
+        while start.elapsed() < Duration::from_secs(3) {
+            let mut command = vit_cli();
+            command.args(["predict", "-m", "m"]).args(["i"; 200]).current_dir(folder.path());
+            let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            let begun = std::time::Instant::now();
+            let ended = loop {
+                match child.try_wait().unwrap() {
+                    Some(status) => break Some(status),
+                    None if begun.elapsed() > Duration::from_secs(20) => break None,
+                    None => std::thread::sleep(Duration::from_millis(2)),
+                }
+            };
+            if ended.is_none() {
+                child.kill().unwrap();
+            }
+            stop.store(ended.is_none(), Ordering::Relaxed);
+            assert!(ended.is_some_and(|status| matches!(status.code(), Some(0..=2))), "{ended:?}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// Whole files that take each other's place: each answer is that of one of them.
+#[test]
+fn an_image_that_is_replaced_meanwhile_is_one_of_the_two() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let samples = ["3", "8"].map(|name| fs::read(root().join(format!("weights/digits/samples/{name}.png"))).unwrap());
+    let run = || {
+        let mut command = vit_cli();
+        command.args(["embed", "--batch", "1", "i.png"]).args(["i.png"; 60]).current_dir(folder.path());
+        finish(&mut command)
+    };
+    let answers = samples.each_ref().map(|sample| {
+        fs::write(at("i.png"), sample).unwrap();
+        run().good().lines().next().unwrap().to_owned()
+    });
+    for atomic in [true, false] {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for sample in &samples {
+                        let to = if atomic { at("new") } else { at("i.png") };
+                        fs::write(&to, sample).unwrap();
+                        if atomic {
+                            fs::rename(to, at("i.png")).unwrap();
+                        }
+                    }
+                }
+            });
+            let done: Vec<Done> = (0..8).map(|_| run()).collect();
+            stop.store(true, Ordering::Relaxed);
+            for done in done {
+                assert!(done.code == Some(0) || (!atomic && done.code == Some(1)), "{done:?}");
+                for line in done.stdout.lines() {
+                    let error = line.contains("\"error\"") && !atomic;
+                    assert!(error || answers.iter().any(|answer| answer == line), "{line}");
+                }
+            }
+        });
+    }
+}
+
+/// What is no image on standard input is refused by its first bytes, whether it ends or not.
+#[cfg(target_os = "linux")]
+#[test]
+fn endless_input_that_is_no_image_ends() {
+    for command in [&["predict", "-"][..], &["embed", "-"], &["explain", "-", "-o", "never.png"]] {
+        let start = std::time::Instant::now();
+        let mut yes = std::process::Command::new("yes").stdout(Stdio::piped()).spawn().unwrap();
+        let done = finish(vit_cli().args(command).stdin(yes.stdout.take().unwrap()));
+        let _ = (yes.kill(), yes.wait());
+        let code = if command[0] == "explain" { 2 } else { 1 };
+        done.bad(code, &["it looks like text"]);
+        finish(vit_cli().args(command).stdin(File::open("/dev/zero").unwrap())).bad(code, &["no known format"]);
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    }
+}

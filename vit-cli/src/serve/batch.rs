@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
-use vit_model::Predictor;
 use vit_model::predictor::{Output, Wanted};
+use vit_model::{Error, Predictor};
 
 use super::fault::Fault;
 use super::metrics::Metrics;
@@ -81,22 +81,38 @@ fn run(model: &Predictor, mut receiver: mpsc::Receiver<Job>, batch: usize, metri
         let (count, memory, out) = (jobs.len(), &pixels, &mut output);
         // a panic would end the thread and with it the service of this model
         let ran = catch_unwind(AssertUnwindSafe(|| model.forward_into(memory, count, wanted, out)));
+        // an answer that is not finite is refused for its own image alone
+        if count > 1 && matches!(ran, Ok(Err(Error::Output(_)))) {
+            for job in jobs {
+                let ran =
+                    catch_unwind(AssertUnwindSafe(|| model.forward_into(&job.pixels, 1, job.wanted, &mut output)));
+                let ran = ran.unwrap_or_else(|_| Err(Error::Output("the model panicked; please report this".into())));
+                let answer = ran.map_err(Fault::from).map(|()| answer(&output, &job, 0, 1));
+                let _ = job.reply.send(answer);
+            }
+            continue;
+        }
         let ran = match ran {
             Ok(ran) => ran.map_err(Fault::from),
             Err(_) => Err(Fault::internal("the model panicked; please report this")),
         };
         metrics.ran(count, started.elapsed());
         for (i, job) in jobs.into_iter().enumerate() {
-            let row = |values: &[f32]| values.chunks(values.len() / count).nth(i).unwrap_or_default().to_vec();
-            let some = |values: &[f32]| if values.is_empty() { vec![] } else { row(values) };
-            let answer = ran.clone().map(|()| Answer {
-                logits: output.logits.as_deref().map(some),
-                pre_logits: some(&output.pre_logits),
-                features: if job.wanted == Wanted::All { some(&output.features) } else { vec![] },
-            });
+            let answer = ran.clone().map(|()| answer(&output, &job, i, count));
             // a caller that has gone needs no answer
             let _ = job.reply.send(answer);
         }
+    }
+}
+
+/// The answer to the image `i` of `count`.
+fn answer(output: &Output, job: &Job, i: usize, count: usize) -> Answer {
+    let row = |values: &[f32]| values.chunks(values.len() / count).nth(i).unwrap_or_default().to_vec();
+    let some = |values: &[f32]| if values.is_empty() { vec![] } else { row(values) };
+    Answer {
+        logits: output.logits.as_deref().map(some),
+        pre_logits: some(&output.pre_logits),
+        features: if job.wanted == Wanted::All { some(&output.features) } else { vec![] },
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     writer::{self, Container, How, Metadata},
     written::{Existing, Folder},
 };
-use crate::{Dtype, Error, Result, Weights};
+use crate::{Dtype, Error, Result, TensorProblem, Weights};
 
 /// The form in which [`Checkpoint::save`] writes a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -199,7 +199,13 @@ pub fn save_tensors<'a>(
     let mut infos = std::collections::BTreeMap::new();
     for (name, shape, values) in &tensors {
         let dtype = match values {
-            Values::F32(_) => Dtype::F32,
+            Values::F32(values) => {
+                if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                    let why = format!("element {at} is not a finite number (NaN or infinite), and is not written");
+                    return Err(Error::problem(*name, TensorProblem::NotFinite, why));
+                }
+                Dtype::F32
+            }
             // weights are floats, so the writer is told which 8 bytes are integers
             Values::I64(_) => {
                 integers.push(*name);

@@ -41,7 +41,8 @@ impl<'a, I: Iterator<Item: Into<Input<'a>>>> Iterator for ClassifyAll<'_, I> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let (model, k) = (self.ahead.model, self.k);
-        Some(self.ahead.next()?.and_then(|logits| model.predictions(logits, k)))
+        let named = |(logits, pixels)| model.predictions(logits, k).map_err(|error| model.blamed(error, pixels));
+        Some(self.ahead.next()?.and_then(named))
     }
 }
 
@@ -83,7 +84,9 @@ impl<'a, I: Iterator<Item: Into<Input<'a>>>> Iterator for EmbedAll<'_, I> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let normalize = self.normalize;
-        Some(self.ahead.next()?.and_then(|features| embedding(features, normalize)))
+        let model = self.ahead.model;
+        let scaled = |(features, pixels)| embedding(features, normalize).map_err(|error| model.blamed(error, pixels));
+        Some(self.ahead.next()?.and_then(scaled))
     }
 }
 
@@ -160,8 +163,8 @@ impl<'p, I: Iterator> Ahead<'p, I> {
         }
     }
 
-    /// The model's answer to the next input, or why there is none.
-    fn next<'a>(&mut self) -> Option<Result<&[f32]>>
+    /// The model's answer to the next input and that input's pixels, or why there is none.
+    fn next<'s, 'a>(&'s mut self) -> Option<Result<(&'s [f32], &'s [f32])>>
     where
         I::Item: Into<Input<'a>>,
     {
@@ -180,7 +183,8 @@ impl<'p, I: Iterator> Ahead<'p, I> {
                 _ => self.model.shapes(1).pre_logits.iter().product(),
             };
             self.row += 1;
-            values.get((self.row - 1) * width..self.row * width).unwrap_or_default()
+            let row = |all: &'s [f32], width| all.get((self.row - 1) * width..self.row * width).unwrap_or_default();
+            (row(values, width), row(&self.spare, self.model.image_len()))
         }))
     }
 

@@ -9,6 +9,7 @@ mod ahead;
 mod attention;
 mod backend;
 mod builder;
+mod finite;
 #[cfg(feature = "image")]
 mod input;
 mod loaded;
@@ -203,10 +204,11 @@ impl Predictor {
     /// are used again. On the CPU engine nothing is allocated after the first call for a batch size.
     ///
     /// # Errors
-    /// [`Error::Input`] for another number of pixels than `batch` images have; with [`Loading::Streamed`] a tensor that cannot
-    /// be read.
+    /// [`Error::Input`] for another number of pixels than `batch` images have; [`Error::Output`] if a value is not finite, with
+    /// the first module that produced one; with [`Loading::Streamed`] a tensor that cannot be read.
     pub fn forward_into(&self, pixels: &[f32], batch: usize, wanted: Wanted, output: &mut Output) -> Result<()> {
-        self.loaded.forward_into(pixels, batch, wanted, output)
+        self.loaded.forward_into(pixels, batch, wanted, output)?;
+        self.loaded.check(pixels, batch, output)
     }
 
     /// The shapes of what [`forward_into`](Self::forward_into) writes.
@@ -272,7 +274,14 @@ impl Predictor {
         if x.dim(0)? != 1 {
             return Err(Error::Input(format!("attention is of one image, found {}", x.dim(0)?)));
         }
-        AttentionMaps::of(&*self.loaded.modules()?, self.config(), &x)
+        let maps = AttentionMaps::of(&*self.loaded.modules()?, self.config(), &x)?;
+        match maps.iter().find_map(|map| finite::bad(map.values())) {
+            Some(found) => {
+                let error = Error::Output(format!("the model's attention is {found}"));
+                Err(self.loaded.blamed(error, &modules::values(&x)?))
+            }
+            None => Ok(maps),
+        }
     }
 }
 

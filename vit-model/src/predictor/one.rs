@@ -18,7 +18,9 @@ impl Loaded {
     /// What the model answers to one input.
     pub fn answer(&self, input: Input<'_>, wanted: Wanted) -> Result<Output> {
         let mut output = Output::default();
-        self.forward_into(&self.read(input)?, 1, wanted, &mut output)?;
+        let pixels = self.read(input)?;
+        self.forward_into(&pixels, 1, wanted, &mut output)?;
+        self.check(&pixels, 1, &output)?;
         Ok(output)
     }
 

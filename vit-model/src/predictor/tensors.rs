@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::finite::is_finite;
 use super::loaded::{Loaded, Runner};
 use super::modules::{Wanted, values};
 use crate::cpu::Output;
@@ -55,17 +56,32 @@ impl Loaded {
     /// One of the model's tensors for a tensor of images, f32, on the device that runs the model.
     pub fn tensor(&self, x: &Tensor, answer: Answer) -> Result<Tensor> {
         let x = self.input(x)?;
+        let found = self.unchecked(&x, answer)?;
+        if is_finite(&found)? {
+            return Ok(found);
+        }
+        // the first image whose answer is not finite
+        for image in 0..x.dim(0)? {
+            if !is_finite(&found.get(image)?)? {
+                let error = Error::Output(format!("the model's answer for image {image} of the batch is not finite"));
+                return Err(self.blamed(error, &values(&x.get(image)?)?));
+            }
+        }
+        Ok(found)
+    }
+
+    fn unchecked(&self, x: &Tensor, answer: Answer) -> Result<Tensor> {
         let engine = match &self.runner {
             Runner::Engine(engine) => engine,
             Runner::Modules(modules) => {
-                return modules.map(&x, |vit, x| match answer {
+                return modules.map(x, |vit, x| match answer {
                     Answer::Logits => vit.forward(x),
                     Answer::Features => vit.forward_features(x),
                     Answer::PreLogits => vit.forward_pre_logits(&vit.forward_features(x)?),
                 });
             }
         };
-        let (pixels, batch, shapes) = (values(&x)?, x.dim(0)?, self.shapes(x.dim(0)?));
+        let (pixels, batch, shapes) = (values(x)?, x.dim(0)?, self.shapes(x.dim(0)?));
         let mut output = Output::default();
         let (values, shape) = match answer {
             Answer::Features => (engine.forward_features(&pixels, batch)?, shapes.features),

@@ -58,6 +58,9 @@ impl TextModel {
         for ids in ids.chunks(BATCH) {
             all.extend(self.tower.forward(ids)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?);
         }
+        if let Some(bad) = all.iter().flatten().find(|value| !value.is_finite()) {
+            return Err(Error::Output(format!("the text tower answers {bad}")));
+        }
         Ok(all)
     }
 

@@ -211,6 +211,7 @@ impl VisionTransformer {
     /// As [`forward`](Self::forward), and any error of the tap.
     pub fn forward_tapped(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
         let mut x = self.embed(x)?; // [B, N, D]
+        tap.embedded(&x)?;
         for (index, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, tap)?;
             if !tap.block(index, &x)? {

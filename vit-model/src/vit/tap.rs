@@ -6,6 +6,11 @@ use crate::{Config, Error, Result};
 
 /// Observes a model while it runs. Every method does nothing unless it is overridden, and `()` observes nothing.
 pub trait Tap {
+    /// The tokens `[B, N, D]` that enter the first block.
+    fn embedded(&mut self, _tokens: &Tensor) -> CandleResult<()> {
+        Ok(())
+    }
+
     /// The attention probabilities `[B, H, N, N]` of the current block. A block with two attentions calls it twice.
     fn attention(&mut self, _probabilities: &Tensor) -> CandleResult<()> {
         Ok(())
