@@ -190,3 +190,62 @@ fn no_command_replaces_a_file_that_it_reads() {
     }
     assert!(refused > 100, "{refused}");
 }
+
+/// Names that are not UTF-8, that hold lines or quotes, or that look like the escape of another: each is in every format, and
+/// none is another's.
+#[cfg(target_os = "linux")]
+#[test]
+fn every_name_can_be_recovered_from_every_format() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let names: [&[u8]; 12] = [
+        b"plain.png",
+        b"a\nb.png",
+        b"a\\nb.png",
+        b"\xff.png",
+        b"\xfe.png",
+        b"\\xff.png",
+        "\u{fffd}.png".as_bytes(),
+        b"bytes:%FF.png",
+        b"100%.png",
+        b"q\"q,q.png",
+        b"\x1b[31m.png",
+        b"tab\t.png",
+    ];
+    for name in names {
+        let path = folder.path().join(std::ffi::OsStr::from_bytes(name));
+        fs::copy(root().join("weights/digits/samples/0.png"), path).unwrap();
+    }
+    let wanted: std::collections::BTreeSet<Vec<u8>> = names.iter().map(|name| name.to_vec()).collect();
+    let run = |args: &[&str]| {
+        let mut command = vit_cli();
+        command.args(args).args(names.map(std::ffi::OsStr::from_bytes)).current_dir(folder.path());
+        Done::from(command.output().unwrap()).good()
+    };
+    let same = |what: &str, found: Vec<String>| {
+        let found: Vec<Vec<u8>> = found.iter().map(|name| vit_model::printable::recover(name)).collect();
+        assert_eq!(found, names.map(<[u8]>::to_vec), "{what}");
+        assert_eq!(found.into_iter().collect::<std::collections::BTreeSet<_>>(), wanted, "{what}");
+    };
+    let of = |value: &serde_json::Value| value["file"].as_str().unwrap().to_owned();
+    for command in ["predict", "embed"] {
+        let lines = run(&[command, "-f", "jsonl"]);
+        same(command, lines.lines().map(|line| of(&serde_json::from_str(line).unwrap())).collect());
+        let list: Vec<serde_json::Value> = serde_json::from_str(&run(&[command, "-f", "json"])).unwrap();
+        same(command, list.iter().map(of).collect());
+        let more: &[&str] = if command == "predict" { &["-k1"] } else { &[] };
+        let text = run(&[&[command, "-f", "csv"], more].concat());
+        assert!(!text.contains('\u{1b}'));
+        let mut rows = csv::Reader::from_reader(text.as_bytes());
+        same(command, rows.records().map(|row| row.unwrap()[0].to_owned()).collect());
+    }
+    let text = run(&["predict", "-k1"]);
+    same("text", text.lines().step_by(2).map(str::to_owned).collect());
+    let text = run(&["predict", "-f", "seed"]);
+    same("seed", text.lines().step_by(11).map(str::to_owned).collect());
+    run(&["embed", "-f", "safetensors", "-o", "y.safetensors"]);
+    let bytes = fs::read(folder.path().join("y.safetensors")).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let files = header.metadata().as_ref().unwrap()["files"].clone();
+    same("safetensors", serde_json::from_str(&files).unwrap());
+}

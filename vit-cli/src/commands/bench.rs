@@ -10,7 +10,7 @@ use vit_model::predictor::{Builder, Kernel, Loading, Output, Runtime, Wanted};
 use vit_model::{Device, Error, Precision, Predictor, candle};
 
 use crate::args::BenchArgs;
-use crate::output::{Stdout, json_line, show};
+use crate::output::{Stdout, json_line, name, show};
 use crate::{complain, model, open};
 use vit_model::random::SplitMix64;
 
@@ -52,7 +52,7 @@ pub fn run(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
     let times = (0..args.iters).map(|_| time()).collect::<anyhow::Result<Vec<f64>>>()?;
     let backend = predictor.backend();
     let what = json!({
-        "model": args.model.to_string_lossy(), "batch": batch, "threads": backend.threads, "kernel": backend.kernel.name(),
+        "model": name(&args.model), "batch": batch, "threads": backend.threads, "kernel": backend.kernel.name(),
         "precision": backend.precision.name(), "quantised": backend.quantised, "why": backend.why,
     });
     let record = record(what, batch, &[load_ms], &times);
@@ -228,7 +228,7 @@ fn compare(args: &BenchArgs, verbose: bool) -> anyhow::Result<()> {
         })
         .collect();
     if args.json {
-        let model = args.model.to_string_lossy();
+        let model = name(&args.model);
         out.line(&json_line(&json!({ "model": model, "batch": batch, "rounds": rounds, "runs": runs }))?)?;
         return out.flush();
     }

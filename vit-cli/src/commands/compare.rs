@@ -8,7 +8,7 @@ use vit_model::random::SplitMix64;
 
 use super::forward::{forward, read_input};
 use crate::args::CompareArgs;
-use crate::output::{Stdout, json_line, show};
+use crate::output::{Stdout, json_line, name, show};
 use crate::{Outcome, open};
 
 pub fn run(args: &CompareArgs, verbose: bool) -> anyhow::Result<Outcome> {
@@ -107,7 +107,7 @@ fn print(args: &CompareArgs, batch: usize, rows: &[Row], top1: Option<[usize; 2]
             })
             .collect();
         out.line(&json_line(&json!({
-            "a": args.a.to_string_lossy(), "b": args.b.to_string_lossy(), "inputs": batch, "tolerance": args.tolerance,
+            "a": name(&args.a), "b": name(&args.b), "inputs": batch, "tolerance": args.tolerance,
             "holds": holds, "top1_equal": top1.map(|[equal, of]| json!({ "equal": equal, "of": of })), "tensors": tensors,
         }))?)?;
         return out.flush();

@@ -6,7 +6,7 @@ use vit_model::candle::Device;
 use vit_model::text::normalized;
 
 use crate::args::{EmbedArgs, EmbedFormat, Layer};
-use crate::output::{Stdout, json_line, show};
+use crate::output::{Stdout, cell, json_line, name};
 use crate::sources::{Source, answer_all};
 use crate::{Outcome, model, open, save};
 
@@ -42,7 +42,7 @@ pub fn run(args: &EmbedArgs, verbose: bool) -> anyhow::Result<Outcome> {
             let (mut files, mut vectors, mut width) = (Vec::new(), Vec::new(), 0);
             let outcome = embed(&mut |source, vector| {
                 if let Ok(vector) = vector {
-                    files.push(source.name().to_string_lossy().into_owned());
+                    files.push(name(source.name()));
                     vectors.extend_from_slice(vector);
                     width = vector.len();
                 }
@@ -128,10 +128,10 @@ impl Text {
     }
 
     fn record(&mut self, source: &Source, vector: Result<&[f32], &str>) -> anyhow::Result<String> {
-        self.row(&source.name().to_string_lossy(), &show(source.name()), vector)
+        self.row(&name(source.name()), &cell(source.name()), vector)
     }
 
-    /// A record of something that is called `name`, and `shown` where control characters are not escaped.
+    /// A record of something that is called `name` in JSON and `shown` in CSV.
     fn row(&mut self, name: &str, shown: &str, vector: Result<&[f32], &str>) -> anyhow::Result<String> {
         self.records += 1;
         if self.format == EmbedFormat::Csv {

@@ -5,7 +5,7 @@ use serde_json::json;
 use vit_model::hub::{Cached, Hub, KNOWN};
 
 use crate::args::ModelsArgs;
-use crate::output::{Stdout, escape, json_pretty, show};
+use crate::output::{Stdout, escape, json_pretty, name, show};
 
 pub fn run(args: &ModelsArgs) -> anyhow::Result<()> {
     let hub = Hub::from_env()?;
@@ -22,9 +22,9 @@ fn report(hub: &Hub, cached: &[Cached]) -> serde_json::Value {
     });
     let cached = cached.iter().map(|c| {
         let (repository, revision) = (c.id.name(), c.id.revision());
-        json!({ "repository": repository, "revision": revision, "folder": c.folder.to_string_lossy(), "bytes": c.bytes })
+        json!({ "repository": repository, "revision": revision, "folder": name(&c.folder), "bytes": c.bytes })
     });
-    json!({ "known": known, "cache": hub.cache().to_string_lossy(), "cached": cached.collect::<Vec<_>>() })
+    json!({ "known": known, "cache": name(hub.cache()), "cached": cached.collect::<Vec<_>>() })
 }
 
 /// The size in bytes of a repository in the cache, at any revision.

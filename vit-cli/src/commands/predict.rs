@@ -7,7 +7,7 @@ use vit_model::labels::Prediction;
 use vit_model::text::DEFAULT_TEMPLATE;
 
 use crate::args::{PredictArgs, PredictFormat, WordArgs};
-use crate::output::{Stdout, escape, json_line, prediction, python_3, show};
+use crate::output::{Stdout, cell, escape, json_line, line, name, prediction, python_3, show};
 use crate::sources::{Source, answer_all};
 use crate::{Outcome, complain, open};
 
@@ -90,11 +90,10 @@ impl Printer {
     }
 
     fn record(&mut self, source: &Source, answer: Result<&[Prediction], &str>) -> anyhow::Result<()> {
-        let name = show(source.name());
         match self.format {
             PredictFormat::Text => {
                 if let Ok(predictions) = &answer {
-                    self.out.line(&name)?;
+                    self.out.line(&line(source.name()))?;
                     for p in *predictions {
                         let label = escape(&p.label);
                         self.out.line(&if self.regression {
@@ -108,7 +107,7 @@ impl Printer {
             PredictFormat::Seed => {
                 if let Ok(predictions) = &answer {
                     let many = self.many || self.records > 0;
-                    self.seed(many.then_some(&name), predictions)?;
+                    self.seed(many.then(|| line(source.name())).as_ref(), predictions)?;
                 }
             }
             PredictFormat::Jsonl => self.out.line(&json_line(&json_record(source, &answer))?)?,
@@ -117,6 +116,7 @@ impl Printer {
                 self.out.write(&json_line(&json_record(source, &answer))?)?;
             }
             PredictFormat::Csv => {
+                let name = cell(source.name());
                 if self.records == 0 {
                     let number = if self.regression { "value" } else { "probability" };
                     self.csv(&["file", "rank", "class", "label", number, "error"])?;
@@ -169,7 +169,7 @@ impl Printer {
 }
 
 fn json_record(source: &Source, answer: &Result<&[Prediction], &str>) -> Value {
-    let file = source.name().to_string_lossy();
+    let file = name(source.name());
     match answer {
         Ok(predictions) => {
             let predictions: Vec<Value> = predictions.iter().map(prediction).collect();
