@@ -4,7 +4,7 @@ use std::io::{self, BufWriter, StdoutLock, Write};
 
 use serde_json::{Value, json};
 use vit_model::labels::Prediction;
-pub use vit_model::printable::{cell, escape, line, name, show};
+pub use vit_model::printable::{cell, escape, line, name, recovered, show};
 
 /// The length limit of a message on stderr, in bytes.
 const MAX_MESSAGE: usize = 8 << 10;

@@ -1,6 +1,6 @@
 //! Names and texts as one printable line, for programs that show what a file or a server wrote.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 
 /// A name as one printable line. Control characters and characters that change the direction of text are escaped, and bytes
@@ -72,21 +72,26 @@ fn encoded(name: &OsStr, encode: impl Fn(char) -> bool) -> String {
     out
 }
 
+/// The name itself that [`name`], [`cell`] or [`line`](line()) has written. Where names are not bytes, what is not UTF-8 is lost.
+pub fn recovered(written: &str) -> OsString {
+    #[cfg(unix)]
+    return std::os::unix::ffi::OsStringExt::from_vec(recover(written));
+    #[cfg(not(unix))]
+    String::from_utf8_lossy(&recover(written)).into_owned().into()
+}
+
 /// The bytes of the name that [`name`], [`cell`] or [`line`](line()) has written.
 pub fn recover(written: &str) -> Vec<u8> {
     let Some(rest) = written.strip_prefix(BYTES) else { return written.into() };
     let (mut bytes, mut rest) = (Vec::new(), rest.as_bytes());
     while let Some((&first, after)) = rest.split_first() {
         let digits = after.get(..2).filter(|_| first == b'%').and_then(|two| std::str::from_utf8(two).ok());
-        match digits.and_then(|two| u8::from_str_radix(two, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = after.get(2..).unwrap_or_default();
-            }
-            None => {
-                bytes.push(first);
-                rest = after;
-            }
+        if let Some(byte) = digits.and_then(|two| u8::from_str_radix(two, 16).ok()) {
+            bytes.push(byte);
+            rest = after.get(2..).unwrap_or_default();
+        } else {
+            bytes.push(first);
+            rest = after;
         }
     }
     bytes

@@ -110,7 +110,7 @@ fn texts(args: &EmbedArgs) -> anyhow::Result<Outcome> {
 /// Where vectors come from, so that `similar` can ask the same model.
 fn origin(args: &EmbedArgs) -> Vec<(&'static str, String)> {
     let layer = if args.layer == Layer::Pooled { "pooled" } else { "embedding" };
-    vec![("layer", layer.into()), ("model", args.model.to_string_lossy().into_owned())]
+    vec![("layer", layer.into()), ("model", name(&args.model))]
 }
 
 /// Records as text.

@@ -1,14 +1,12 @@
 //! `similar`: what an index contains that looks like an image, or that a text describes.
 
-use std::ffi::OsString;
-
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 use vit_model::candle::Device;
 use vit_model::similar::Index;
 
 use crate::args::{SimilarArgs, SimilarFormat, orientation};
-use crate::output::{Stdout, json_line, show};
+use crate::output::{Stdout, json_line, recovered, show};
 use crate::sheet::{self, Entry};
 use crate::sources::Source;
 use crate::{complain, model, open, save};
@@ -49,7 +47,7 @@ fn duplicates<'i>(args: &SimilarArgs, index: &'i Index) -> anyhow::Result<Vec<Fo
 }
 
 fn nearest<'i>(args: &SimilarArgs, index: &'i Index, verbose: bool) -> anyhow::Result<Vec<Found<'i>>> {
-    let named = index.metadata().get("model").map(OsString::from);
+    let named = index.metadata().get("model").map(|model| recovered(model));
     let Some(name) = args.model.clone().or(named) else {
         bail!("{}: the index does not say which model made it; name it with --model", show(&args.index));
     };
@@ -134,7 +132,7 @@ fn sheet(title: &str, found: &[Found<'_>], args: &SimilarArgs) -> String {
     for found in found {
         let lines = vec![format!("{:.4}", found.similarity)];
         for name in [Some(found.name), found.other].into_iter().flatten() {
-            entries.push(Entry { source: Source::of(name.as_ref()), lines: lines.clone() });
+            entries.push(Entry { source: Source::of(&recovered(name)), lines: lines.clone() });
         }
     }
     let all = entries.len();

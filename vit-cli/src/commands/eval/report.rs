@@ -10,7 +10,7 @@ use vit_model::metrics::{Evaluation, Paired, Scores};
 
 use super::run::{Mistake, Run};
 use crate::args::EvalArgs;
-use crate::output::{escape, json_pretty, show};
+use crate::output::{cell, escape, json_pretty, name, show};
 use crate::sheet::{self, Entry};
 use crate::{draw, save};
 
@@ -189,8 +189,8 @@ impl<'a> Report<'a> {
             .map(|b| json!({"from": b.from, "to": b.to, "images": b.images, "confidence": b.confidence, "accuracy": b.accuracy}))
             .collect();
         let mut document = json!({
-            "source": self.args.source.to_string_lossy(),
-            "model": self.args.model.to_string_lossy(),
+            "source": name(&self.args.source),
+            "model": name(&self.args.model),
             "images": e.images,
             "failed": self.failed,
             "images_per_s": self.per_second,
@@ -277,7 +277,7 @@ impl<'a> Report<'a> {
         for m in &self.mistakes {
             let labels = [m.truth, m.answer].map(|class| self.label(class));
             let numbers = [m.confidence, m.of_truth].map(|p| p.to_string());
-            rows.write_record([show(m.source.name())].into_iter().chain(labels).chain(numbers))?;
+            rows.write_record([cell(m.source.name())].into_iter().chain(labels).chain(numbers))?;
         }
         rows.into_inner().map_err(|error| anyhow::anyhow!("{error}"))
     }
