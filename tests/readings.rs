@@ -113,3 +113,30 @@ fn label_names_that_do_not_fit_are_said_and_stop_nothing() {
     assert_eq!(labels, ["a", "1", "2"]);
     assert!(assumed.contains("label"), "{assumed}");
 }
+
+/// timm's own repositories name no classes, but their tag says which subset of ImageNet they know. A head of one's own on such a
+/// model is not named after it.
+#[test]
+fn imagenet_is_named_where_the_tag_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |classes: usize, tag: &str| {
+        let config = serde_json::json!({
+            "architecture": "vit_tiny_patch16_224", "num_classes": classes,
+            "pretrained_cfg": { "tag": tag, "input_size": [3, 224, 224], "num_classes": classes },
+        });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        vit_model::checkpoint::info(dir.path()).unwrap()
+    };
+    let info = read(1000, "augreg_in21k_ft_in1k");
+    // timm.data.ImageNetInfo().index_to_description(281) is "tabby, tabby cat"
+    assert_eq!(info.labels.as_ref().unwrap()[281], "tabby");
+    let assumed = info.source.assumed();
+    assert!(
+        assumed.iter().any(|note| note.contains("ImageNet-1k") && note.contains("augreg_in21k_ft_in1k")),
+        "{assumed:?}"
+    );
+    assert_eq!(read(21843, "augreg_in21k").labels.unwrap()[0], "organism");
+    for (classes, tag) in [(5, "augreg_in21k_ft_in1k"), (1000, "mine"), (0, "dino")] {
+        assert!(read(classes, tag).labels.is_none(), "{classes} {tag}");
+    }
+}

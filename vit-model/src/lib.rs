@@ -52,6 +52,7 @@ mod files;
 pub mod hub;
 #[cfg(feature = "image")]
 pub mod image;
+mod imagenet;
 mod info;
 #[doc(hidden)]
 pub mod inputs;

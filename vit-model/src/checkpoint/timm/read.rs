@@ -9,6 +9,7 @@ use crate::{
     Activation, Config, MlpKind, ModelInfo, NormKind, Origin, Pool, PreprocessConfig,
     checkpoint::class_names::{Named, by_number},
     checkpoint::resized::{note, replaced, square_grid, with_positions},
+    imagenet::{self, Subset, is_synset},
     names::{self, Architecture},
     vit::pos_embed::{Resample, resample},
     weights::{Weights, candle_dtype},
@@ -250,7 +251,10 @@ fn labels(config: &Value, model: &Config) -> Result<Named, String> {
     // the Trainer of transformers writes its own key
     let key = if config.get("label_names").is_some_and(|names| !names.is_null()) { "label_names" } else { "id2label" };
     let (list, note) = by_number(key, config.get(key), model.num_classes).map_err(|e| e.to_string())?;
-    let Some(list) = list else { return Ok((None, None)) };
+    let Some(list) = list else { return Ok(by_tag(config, model.num_classes)) };
+    if let (None, Some(words)) = (config.get("label_descriptions"), imagenet::words(&list)) {
+        return Ok((Some(words), note));
+    }
     // in some repositories, ImageNet's labels are synset numbers, and `label_descriptions` has the words
     let words = config.get("label_descriptions").and_then(Value::as_object);
     let word = |name: String| match words.and_then(|words| words.get(&name)?.as_str()) {
@@ -260,9 +264,21 @@ fn labels(config: &Value, model: &Config) -> Result<Named, String> {
     Ok((Some(list.into_iter().map(word).collect()), note))
 }
 
-/// Whether a label is a synset number such as `n01440764`.
-fn is_synset(name: &str) -> bool {
-    name.len() == 9 && name.strip_prefix('n').is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
+/// The class names of the subset of ImageNet that timm's tag names, as most of timm's own repositories name no classes.
+fn by_tag(config: &Value, classes: usize) -> Named {
+    // old repositories have the keys of `pretrained_cfg` beside the others
+    let cfg = config.get("pretrained_cfg").filter(|cfg| cfg.is_object()).unwrap_or(config);
+    let tag = cfg.get("tag").and_then(Value::as_str);
+    match tag.and_then(|tag| Some((tag, Subset::of_tag(tag, classes)?))) {
+        Some((tag, subset)) => {
+            let note = format!(
+                "labels: the configuration names no classes; those of {} are used, which the tag `{tag}` names",
+                subset.name
+            );
+            (Some(subset.labels()), Some(note))
+        }
+        None => (None, None),
+    }
 }
 
 fn text<'a>(config: &'a Value, key: &str) -> Result<Option<&'a str>, String> {
