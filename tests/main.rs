@@ -21,6 +21,7 @@ mod limits;
 mod onnx;
 mod outputs;
 mod parity;
+mod pictures;
 mod predict;
 mod predictor;
 mod process;

@@ -10,7 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use image::metadata::Orientation as Turn;
 use image::{ColorType, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use super::gif;
 use super::jpeg::Jpeg;
+use super::tags::{self, Tags};
 use crate::{Error, Result, inputs, limits, memory};
 
 /// Images that take more than this to decode are decoded one at a time, so that many threads need the memory of one.
@@ -227,8 +229,15 @@ fn decode(input: &mut dyn Input, len: u64, orientation: Orientation) -> Result<I
     input.rewind().map_err(|e| e.to_string())?;
     let reader = ImageReader::new(input).with_guessed_format().map_err(|e| e.to_string())?;
     let Some(format) = reader.format() else { return Err(unknown) };
-    decode_other(reader, format, upright)
-        .map_err(|why| format!("{}: {why}", format.extensions_str().first().unwrap_or(&"image").to_uppercase()))
+    let decoded = if format == ImageFormat::Gif {
+        gif::decode(reader.into_inner(), |w, h, bytes| budget(w, h, bytes).map(turn)).map(|screen| {
+            let gif::Screen { width, height, pixels, alpha } = screen;
+            Image { width, height, pixels, alpha }
+        })
+    } else {
+        decode_other(reader, format, upright)
+    };
+    decoded.map_err(|why| format!("{}: {why}", format.extensions_str().first().unwrap_or(&"image").to_uppercase()))
 }
 
 /// What a file that is not an image looks like.
@@ -255,7 +264,11 @@ fn decode_jpeg(bytes: &[u8], upright: bool) -> Result<Image, String> {
     if upright { orient(image, orientation) } else { Ok(image) }
 }
 
-fn decode_other(mut reader: ImageReader<&mut dyn Input>, format: ImageFormat, upright: bool) -> Result<Image, String> {
+fn decode_other(reader: ImageReader<&mut dyn Input>, format: ImageFormat, upright: bool) -> Result<Image, String> {
+    let input = reader.into_inner();
+    let tags = if format == ImageFormat::Tiff { Tags::read(input) } else { None };
+    input.rewind().map_err(|e| e.to_string())?;
+    let mut reader = ImageReader::with_format(input, format);
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(limits::DECODER_BYTES);
     reader.limits(limits);
@@ -263,17 +276,27 @@ fn decode_other(mut reader: ImageReader<&mut dyn Input>, format: ImageFormat, up
     let (width, height) = decoder.dimensions();
     let kind = decoder.color_type();
     // these decoders keep a second buffer of their own
-    let copies: u64 = if matches!(format, ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Tiff) { 2 } else { 1 };
+    let copies: u64 = if matches!(format, ImageFormat::WebP | ImageFormat::Tiff) { 2 } else { 1 };
     let per_pixel = u64::from(kind.bytes_per_pixel()).saturating_mul(copies).max(3);
     let bytes_needed = budget(width, height, per_pixel)?;
     let _turn = turn(bytes_needed);
 
     let samples = usize::try_from(decoder.total_bytes()).map_err(|e| e.to_string())?;
-    let orientation = decoder.orientation().unwrap_or(Turn::NoTransforms);
+    let orientation = match &tags {
+        Some(tags) => tags.turn(),
+        None if format == ImageFormat::Tiff => decoder.orientation().unwrap_or(Turn::NoTransforms),
+        None => {
+            let (exif, xmp) = (decoder.exif_metadata().ok().flatten(), decoder.xmp_metadata().ok().flatten());
+            tags::turn(exif.as_deref(), xmp.as_deref())
+        }
+    };
     let mut pixels = buffer(width, height, samples)?;
     decoder.read_image(pixels.get_mut(..samples).unwrap_or_default()).map_err(describe)?;
     let alpha = alpha_of(pixels.get(..samples).unwrap_or_default(), kind);
     to_rgb8(&mut pixels, width, height, kind)?;
+    if let Some(alpha) = alpha.as_deref().filter(|_| tags.is_some_and(|tags| tags.associated)) {
+        tags::unmultiply(&mut pixels, alpha);
+    }
     let image = Image { width, height, pixels, alpha };
     if upright { orient(image, orientation) } else { Ok(image) }
 }

@@ -9,6 +9,7 @@
 use image::metadata::Orientation as Turn;
 use libjpeg_turbo_rs::{DecodeLimits, Decoder, PixelFormat};
 
+use super::tags;
 use crate::limits;
 
 /// A JPEG whose headers were read.
@@ -50,7 +51,7 @@ impl<'a> Jpeg<'a> {
             width: u32::from(frame.width),
             height: u32::from(frame.height),
             bytes_per_pixel: planes.saturating_add(3),
-            orientation: decoder.exif_orientation().and_then(Turn::from_exif).unwrap_or(Turn::NoTransforms),
+            orientation: turn(bytes),
             decoder,
         })
     }
@@ -61,6 +62,31 @@ impl<'a> Jpeg<'a> {
         self.decoder.decode_image_into(pixels).map_err(|e| e.to_string())?;
         Ok(())
     }
+}
+
+/// Which way up the picture is. Several segments of EXIF are one, of several XMP the last counts, as in Pillow.
+fn turn(bytes: &[u8]) -> Turn {
+    let (mut exif, mut xmp) = (Vec::new(), None);
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    // up to the first scan
+    while let Some(at) =
+        rest.windows(2).position(|w| matches!(w, [0xff, m] if !matches!(m, 0x00 | 0x01 | 0xff | 0xd0..=0xd8)))
+        && let Some([marker, hi, lo]) = rest.get(at.saturating_add(1)..).and_then(|rest| rest.first_chunk()).copied()
+        && !matches!(marker, 0xd9 | 0xda)
+    {
+        let start = at.saturating_add(2);
+        let end = start.saturating_add(usize::from(u16::from_be_bytes([hi, lo])).max(2));
+        let segment = rest.get(start.saturating_add(2)..end).unwrap_or_default();
+        if marker == 0xe1 {
+            if let Some(more) = segment.strip_prefix(b"Exif\0\0") {
+                exif.extend_from_slice(more);
+            } else if let Some(text) = segment.strip_prefix(b"http://ns.adobe.com/xap/1.0/\0") {
+                xmp = Some(text);
+            }
+        }
+        rest = rest.get(end..).unwrap_or_default();
+    }
+    tags::turn(Some(&exif), xmp)
 }
 
 /// Walks the markers to the end of the image, because the decoder accepts a file that ends earlier if its last rows are
