@@ -140,3 +140,79 @@ fn imagenet_is_named_where_the_tag_says_so() {
         assert!(read(classes, tag).labels.is_none(), "{classes} {tag}");
     }
 }
+
+/// Keys that timm writes and ignores, or that replace more than they name.
+#[test]
+fn keys_of_timm_mean_what_they_mean_to_timm() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |architecture: &str, more: serde_json::Value| {
+        let mut config = serde_json::json!({ "architecture": architecture, "pretrained_cfg": {} });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        vit_model::checkpoint::info(folder.path())
+    };
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    // timm builds the pooling from the architecture and model_args
+    let plain = read("vit_base_patch16_224", json("{}")).unwrap();
+    let told = read("vit_base_patch16_224", json(r#"{"global_pool": "avg"}"#)).unwrap();
+    assert_eq!(plain.model, told.model);
+    assert!(told.source.assumed().iter().any(|said| said.starts_with("global_pool")), "{told:?}");
+    let same = read("vit_base_patch16_224", json(r#"{"global_pool": "token"}"#)).unwrap();
+    assert!(same.source.assumed().is_empty(), "{same:?}");
+    let set = read("vit_base_patch16_224", json(r#"{"global_pool": "token", "model_args": {"global_pool": "avg"}}"#));
+    assert_eq!(set.unwrap().model.global_pool, vit_model::Pool::Avg);
+    // the norm of model_args replaces the architecture's with its epsilon of 1e-5
+    let clip = "vit_base_patch32_clip_224";
+    assert_eq!(read(clip, json("{}")).unwrap().model.ln_eps, 1e-5);
+    for norm in [r#""layernorm""#, r#""LayerNorm""#, r#""layer_norm""#, r#""""#, "null"] {
+        let args = json(&format!(r#"{{"model_args": {{"norm_layer": {norm}}}}}"#));
+        let model = read(clip, args).unwrap().model;
+        assert_eq!((model.norm, model.ln_eps), (vit_model::NormKind::LayerNorm, 1e-6), "{norm}");
+    }
+    let quick = "vit_base_patch32_clip_quickgelu_224";
+    let model = read(quick, json(r#"{"model_args": {"act_layer": null}}"#)).unwrap().model;
+    assert_eq!(model.act, vit_model::Activation::Gelu);
+    for bad in ["batchnorm", "simplenorm"] {
+        let said =
+            read(clip, json(&format!(r#"{{"model_args": {{"norm_layer": "{bad}"}}}}"#))).unwrap_err().to_string();
+        assert!(said.contains("norm_layer") && said.contains(bad), "{said}");
+    }
+}
+
+/// An activation of the pooler that is not read is refused where the pooler is used.
+#[test]
+fn the_poolers_activation_is_read_or_refused() {
+    let from = root().join("tests/fixtures/parity/hf/vit_cls");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let dim = config["hidden_size"].as_u64().unwrap() as usize;
+    let zeros = vec![0; dim * dim * 4];
+    let view = |shape: &[usize]| {
+        let len = 4 * shape.iter().product::<usize>();
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &zeros[..len]).unwrap()
+    };
+    let poolers = [("vit.pooler.dense.weight", view(&[dim, dim])), ("vit.pooler.dense.bias", view(&[dim]))];
+    for head in [true, false] {
+        // a classifier does not use its pooler
+        let own = file.iter().filter(|(name, _)| head || !name.starts_with("classifier"));
+        let tensors = safetensors::serialize(own.chain(poolers.clone()), None).unwrap();
+        std::fs::write(folder.path().join("model.safetensors"), tensors).unwrap();
+        for (key, value, good) in [
+            ("pooler_act", json!("tanh"), true),
+            ("pooler_act", json!("relu"), false),
+            ("pooler_output_size", json!(dim), true),
+            ("pooler_output_size", json!(dim + 1), false),
+        ] {
+            let mut config = config.clone();
+            config[key] = value;
+            std::fs::write(&path, config.to_string()).unwrap();
+            match vit_model::checkpoint::open(folder.path()) {
+                Ok(model) => assert!((head || good) && model.config().pre_logits.is_some() != head, "{key}"),
+                Err(error) => assert!(!head && !good && error.to_string().contains(key), "{key}: {error}"),
+            }
+        }
+    }
+}

@@ -78,9 +78,6 @@ pub(in crate::checkpoint) fn info(config: &Value) -> Result<ModelInfo, String> {
             c.num_classes = size(classes, "num_classes")?;
         }
     }
-    if let Some(pool) = text(config, "global_pool")? {
-        c.global_pool = self::pool(pool)?;
-    }
     for (key, value) in args {
         set(&mut architecture, key, value).map_err(|why| format!("`model_args.{key}` {why}"))?;
     }
@@ -89,11 +86,25 @@ pub(in crate::checkpoint) fn info(config: &Value) -> Result<ModelInfo, String> {
     let preprocess = PreprocessConfig::from_timm(config, &model).map_err(|error| error.to_string())?;
     let (labels, note) = labels(config, &model)?;
     let source = Origin::new().with_producer("timm").with_architecture(name);
+    let ignored = ignored_pool(config, model.global_pool)?;
     let info = ModelInfo::new(model, preprocess).with_labels(labels).from_source(source);
+    let info = ignored.into_iter().fold(info, ModelInfo::assuming);
     Ok(match note {
         Some(note) => info.assuming(note),
         None => info,
     })
+}
+
+/// What is said of a `global_pool` beside the architecture: timm writes it, but builds the model from the architecture and
+/// `model_args` alone.
+fn ignored_pool(config: &Value, built: Pool) -> Result<Option<String>, String> {
+    let Some(written) = text(config, "global_pool")? else { return Ok(None) };
+    let differs = pool(written)? != built;
+    Ok(differs.then(|| {
+        format!(
+            "global_pool: that of the architecture and `model_args`; timm ignores {written:?} at the top of config.json"
+        )
+    }))
 }
 
 /// Architectures that accept images of any size, because they resample their position embeddings for each
@@ -188,8 +199,14 @@ fn set(architecture: &mut Architecture, key: &str, value: &Value) -> Result<(), 
                 other => return Err(format!("{other:?} is not supported")),
             }
         }
+        // null and "" are timm's own defaults, not those of the architecture
+        "act_layer" if value.is_null() || *value == "" => c.act = Activation::Gelu,
         "act_layer" => c.act = activation(name()?)?,
-        "norm_layer" => c.norm = norm(name()?)?,
+        "norm_layer" => {
+            c.norm = if value.is_null() { NormKind::LayerNorm } else { norm(name()?)? };
+            // the architecture's own ε belongs to the norm that this one replaces
+            c.ln_eps = NORM_EPS;
+        }
         "attn_layer" => {
             c.diff_attn = match name()? {
                 "" => false,
@@ -224,11 +241,15 @@ fn activation(name: &str) -> Result<Activation, String> {
     })
 }
 
+/// ε of timm's LayerNorm and RMSNorm if nothing else sets one.
+const NORM_EPS: f64 = 1e-6;
+
 fn norm(name: &str) -> Result<NormKind, String> {
-    Ok(match name {
-        "layernorm" => NormKind::LayerNorm,
+    // as timm looks them up
+    Ok(match name.replace('_', "").to_lowercase().as_str() {
+        "" | "layernorm" => NormKind::LayerNorm,
         "rmsnorm" => NormKind::RmsNorm,
-        other => return Err(format!("{other:?} is not supported")),
+        _ => return Err(format!("{name:?} is not supported")),
     })
 }
 

@@ -163,6 +163,16 @@ pub(in crate::checkpoint) fn info(
         Some(tensors) => Names::new(family, model_type, tensors, &mut model).map_err(fail)?,
         None => Names::default(),
     };
+    if let Some(pooler) = &model.pre_logits {
+        let act = get.text("pooler_act", "tanh")?;
+        if act != "tanh" {
+            return Err(Error::unsupported(format!("`pooler_act` {act:?}; tanh is read")));
+        }
+        let size = get.number("pooler_output_size", dim)?;
+        if size != pooler.size && size != 0 {
+            return Err(fail(format!("`pooler_output_size` is {size}, and the weights have {}", pooler.size)));
+        }
+    }
     model.validate()?;
     let absent = Value::Object(serde_json::Map::new());
     let preprocess = PreprocessConfig::from_hf(processor.unwrap_or(&absent), model_type, &model)?;
