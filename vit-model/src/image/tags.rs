@@ -14,8 +14,8 @@ const XMP_BYTES: u64 = 1 << 20;
 /// Tags of the first directory of a TIFF file, or of EXIF, which is one.
 #[derive(Debug, Default)]
 pub(super) struct Tags {
-    /// The last entry counts if there are several. `Some(None)`: the value is no orientation.
-    orientation: Option<Option<Turn>>,
+    /// The last entry counts if there are several. A value that is no orientation turns nothing.
+    orientation: Option<Turn>,
     xmp: Vec<u8>,
     /// Colours are multiplied by alpha.
     pub associated: bool,
@@ -47,7 +47,7 @@ impl Tags {
                         (6, 1) => Some(v0),
                         _ => None,
                     };
-                    tags.orientation = Some(value.and_then(Turn::from_exif));
+                    tags.orientation = Some(value.and_then(Turn::from_exif).unwrap_or(Turn::NoTransforms));
                 }
                 338 if kind == 3 => {
                     let first = if count <= 2 { Some(short) } else { bytes(input, u64::from(long)).map(two) };
@@ -68,7 +68,7 @@ impl Tags {
 
     /// Which way up a picture with these tags is.
     pub(super) fn turn(&self) -> Turn {
-        self.orientation.unwrap_or_else(|| of_xmp(&self.xmp)).unwrap_or(Turn::NoTransforms)
+        self.orientation.or_else(|| of_xmp(&self.xmp)).unwrap_or(Turn::NoTransforms)
     }
 }
 
