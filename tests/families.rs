@@ -20,7 +20,7 @@ use vit_model::{
 use crate::support;
 
 /// A family, and its fixtures: `library/name`.
-const ROWS: [(&str, &[&str]); 18] = [
+const ROWS: [(&str, &[&str]); 24] = [
     (
         "ViT, AugReg; ImageNet-21k",
         &["timm/vit_base_patch16_224", "hf/vit_cls", "hf/vit_cls_f16", "torchvision/plain", "torchvision/pre_logits"],
@@ -50,7 +50,13 @@ const ROWS: [(&str, &[&str]); 18] = [
         "differential attention (`dwee`, `dpwee`)",
         &["timm/vit_dwee_patch16_reg1_gap_256", "timm/vit_dpwee_patch16_reg1_gap_256"],
     ),
-    ("DINOv3, BEiT; rotary or relative positions", &["hf/dinov3_vit"]),
+    ("EVA-02; rotary positions, gated MLP", &["timm/eva02_base_patch14_224", "timm/eva02_enormous_patch14_clip_224"]),
+    ("DINOv3; centred rotary positions", &["timm/vit_small_plus_patch16_dinov3_qkvb", "hf/dinov3_vit"]),
+    ("RoPE-ViT, axial", &["timm/vit_base_patch16_rope_224"]),
+    ("RoPE-ViT, learned frequencies", &["timm/vit_base_patch16_rope_mixed_ape_224"]),
+    ("Perception Encoder", &["timm/vit_pe_core_base_patch16_224"]),
+    ("Sapiens2; grouped queries", &["timm/vit_large_patch16_sapiens2"]),
+    ("BEiT; relative positions", &["timm/beit_base_patch16_224"]),
 ];
 
 /// Heads of torchvision's fixtures; they are not in the file.

@@ -162,12 +162,10 @@ fn doubles_and_shards_give_the_same_answers() {
 fn what_is_outside_the_family_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     for (config, said) in [
-        (r#"{"model_type": "beit"}"#, "relative position"),
-        (r#"{"model_type": "dinov3_vit"}"#, "rotary"),
-        (r#"{"model_type": "eva02"}"#, "rotary"),
+        (r#"{"model_type": "siglip2_vision_model"}"#, "NaFlex"),
+        (r#"{"model_type": "eva02"}"#, "eva02"),
         (r#"{"model_type": "swin"}"#, "swin"),
-        (r#"{"architecture": "eva02_base_patch14_224"}"#, "eva02_base_patch14_224"),
-        (r#"{"architecture": "vit_base_patch16_dinov3"}"#, "did you mean"),
+        (r#"{"architecture": "eva02_base_patch14_225"}"#, "did you mean eva02_base_patch14_2"),
         (r#"{"architecture": "resnet50"}"#, "only timm's vision_transformer.py"),
     ] {
         fs::write(folder.path().join("config.json"), config).unwrap();

@@ -95,6 +95,110 @@ pub struct Config {
     /// Pooling includes the prefix tokens (class, distillation, registers).
     #[serde(default, skip_serializing_if = "is_default")]
     pub pool_include_prefix: bool,
+    /// Rotary positions: the channels of q and k are rotated in pairs, by angles that depend on the patch's position.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rope: Option<Rope>,
+    /// Biases of the attention's scores that depend on how far apart two patches are.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rel_pos_bias: RelPosBias,
+    /// q, k and v have a linear layer each (`q_proj`, `k_proj`, `v_proj`).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub split_qkv: bool,
+    /// k has no bias although q and v have one (`q_bias` and `v_bias` beside a joint `qkv`).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub no_k_bias: bool,
+    /// Heads of k and v in each block, if they are fewer than those of q. Head `h` of q reads head `h / (H / kv)`. Empty
+    /// if every block has `num_heads`. Needs `split_qkv`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub kv_heads: Vec<usize>,
+    /// LayerScale is on the attention's branch only.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub attn_only_scale: bool,
+    /// The factors of LayerScale are `gamma_1` and `gamma_2` of a block, as in EVA and BEiT.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub block_gammas: bool,
+    /// Attention pooling has another number of heads or another MLP than the blocks.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub pool: Option<PoolSizes>,
+}
+
+/// Rotary positions of patches (arXiv 2104.09864, in two dimensions). Prefix tokens are not rotated.
+///
+/// A head's first half of pairs turns by one coordinate and the second half by the other, unless the kind is `Mixed`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Rope {
+    /// How angles follow from positions.
+    pub kind: RopeKind,
+    /// The base of the geometric sequence of frequencies. A `Mixed` model has learned frequencies instead.
+    pub temperature: f64,
+    /// What is added to each coordinate: in patches, before it is scaled to `ref_grid` or normalised.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub grid_offset: f64,
+    /// The column is the first coordinate, and the row the second.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub column_first: bool,
+    /// A pair is made of the channels `i` and `i + d/2` of a head, instead of two neighbours.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rotate_half: bool,
+    /// Coordinates are scaled from the image's grid of patches to this one, `[rows, columns]`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub ref_grid: Option<[usize; 2]>,
+}
+
+impl Rope {
+    /// Rotary positions without an offset, a reference grid or the other layouts.
+    pub const fn new(kind: RopeKind, temperature: f64) -> Self {
+        Self { kind, temperature, grid_offset: 0.0, column_first: false, rotate_half: false, ref_grid: None }
+    }
+}
+
+/// How the angles of rotary positions follow from a patch's position.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RopeKind {
+    /// Row and column number, times fixed frequencies (EVA-02, Perception Encoder, RoPE-ViT).
+    #[default]
+    Axial,
+    /// The patch's centre between −1 and 1 of each axis, times 2π times fixed frequencies (DINOv3).
+    Centred,
+    /// Row and column number, each times a frequency that every head of every block learns (`rope.freqs`), added
+    /// (RoPE-ViT, arXiv 2403.13298).
+    Mixed,
+}
+
+/// Where biases by relative position come from (BEiT, arXiv 2106.08254).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RelPosBias {
+    /// There are none.
+    #[default]
+    None,
+    /// Each block has a table (`blocks.N.attn.relative_position_bias_table`).
+    Blocks,
+    /// All blocks share a table (`rel_pos_bias.relative_position_bias_table`).
+    Shared,
+}
+
+/// The sizes of attention pooling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct PoolSizes {
+    /// Attention heads.
+    pub num_heads: usize,
+    /// Outputs of the MLP's `fc1`.
+    pub mlp_hidden: usize,
+}
+
+impl PoolSizes {
+    /// So many heads, and an MLP with a hidden layer of this width.
+    pub const fn new(num_heads: usize, mlp_hidden: usize) -> Self {
+        Self { num_heads, mlp_hidden }
+    }
 }
 
 /// The kind of MLP in a block.
@@ -274,6 +378,14 @@ impl Config {
             block: BlockKind::Standard,
             diff_attn: false,
             pool_include_prefix: false,
+            rope: None,
+            rel_pos_bias: RelPosBias::None,
+            split_qkv: false,
+            no_k_bias: false,
+            kv_heads: Vec::new(),
+            attn_only_scale: false,
+            block_gammas: false,
+            pool: None,
         }
     }
 
@@ -335,6 +447,23 @@ impl Config {
         self.embed_dim.checked_div(self.num_heads).unwrap_or(0)
     }
 
+    /// Heads of k and v in a block.
+    pub fn num_kv_heads(&self, block: usize) -> usize {
+        self.kv_heads.get(block).copied().unwrap_or(self.num_heads)
+    }
+
+    /// Rows of a table of biases by relative position for images of the model's size: every distance between two patches,
+    /// then class to patch, patch to class, and class to class.
+    pub fn rel_pos_len(&self) -> usize {
+        let [h, w] = self.grid().map(|side| side.saturating_mul(2).saturating_sub(1));
+        h.saturating_mul(w).saturating_add(3)
+    }
+
+    /// Heads and hidden width of attention pooling.
+    pub fn pool_sizes(&self) -> PoolSizes {
+        self.pool.unwrap_or(PoolSizes { num_heads: self.num_heads, mlp_hidden: self.mlp_hidden })
+    }
+
     /// Refuses a configuration that no model can have, so that later code may allocate and calculate from it.
     ///
     /// # Errors
@@ -387,10 +516,64 @@ impl Config {
         if self.mlp == MlpKind::SwigluPacked && !self.mlp_hidden.is_multiple_of(2) {
             return fail(format!("`mlp_hidden` of swiglu_packed must be even, found {}", self.mlp_hidden));
         }
+        self.validate_attention().map_err(Error::config)?;
         if let Some(pre) = &self.pre_logits
             && (pre.size == 0 || pre.size > 1 << 20)
         {
             return fail(format!("`pre_logits` must have a size of 1 to {}, found {}", 1 << 20, pre.size));
+        }
+        Ok(())
+    }
+
+    /// What [`validate`](Self::validate) requires of positions, of k and v, and of attention pooling.
+    fn validate_attention(&self) -> Result<(), String> {
+        let standard = matches!(self.block, BlockKind::Standard | BlockKind::ResPost);
+        let special = self.rope.is_some()
+            || self.rel_pos_bias != RelPosBias::None
+            || self.split_qkv
+            || self.no_k_bias
+            || !self.kv_heads.is_empty();
+        if special && (!standard || self.diff_attn) {
+            return Err("positions in the attention and q, k and v apart need a block of one plain attention".into());
+        }
+        if let Some(rope) = &self.rope {
+            if !self.head_dim().is_multiple_of(4) {
+                let width = self.head_dim();
+                return Err(format!("`rope` needs heads with a multiple of 4 channels, found {width}"));
+            }
+            if !(rope.temperature.is_finite() && rope.temperature > 0.0 && rope.grid_offset.abs() < 1e6) {
+                return Err("`rope` needs a positive `temperature` and a finite `grid_offset`".into());
+            }
+            if rope.ref_grid.is_some_and(|grid| grid.iter().any(|side| *side == 0 || *side > 16384)) {
+                return Err(format!("`rope.ref_grid` must be between 1 and 16384, found {:?}", rope.ref_grid));
+            }
+        }
+        if self.rel_pos_bias != RelPosBias::None {
+            if self.num_prefix_tokens() != 1 || !self.class_token {
+                return Err("`rel_pos_bias` needs a class token and no other prefix token".into());
+            }
+            // every block reads N² biases per head
+            if self.num_patches() > 1 << 14 {
+                return Err(format!("`rel_pos_bias` of {} patches, at most 16384 are supported", self.num_patches()));
+            }
+        }
+        if !self.kv_heads.is_empty() {
+            let fits = |heads: &usize| *heads > 0 && self.num_heads.is_multiple_of(*heads);
+            if self.kv_heads.len() != self.depth || !self.kv_heads.iter().all(fits) || !self.split_qkv {
+                return Err(format!(
+                    "`kv_heads` must have a divisor of `num_heads` {} for each of {} blocks, and `split_qkv` must be set",
+                    self.num_heads, self.depth
+                ));
+            }
+        }
+        if let Some(pool) = self.pool {
+            let fits = pool.num_heads > 0 && self.embed_dim.is_multiple_of(pool.num_heads);
+            if !fits || pool.mlp_hidden == 0 || pool.mlp_hidden > 1 << 20 {
+                return Err(format!(
+                    "`pool` must have heads that divide {} and an MLP, found {pool:?}",
+                    self.embed_dim
+                ));
+            }
         }
         Ok(())
     }

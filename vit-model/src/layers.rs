@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     Result,
-    config::{BlockKind, Config, MlpKind, NormKind, Pool},
+    config::{BlockKind, Config, MlpKind, NormKind, Pool, PoolSizes, RelPosBias, RopeKind},
 };
 
 /// Every parameter of an architecture: name → shape. No memory is allocated for the tensors.
@@ -101,10 +101,25 @@ pub(crate) struct PatchEmbed {
     pub norm: Option<Norm>,
 }
 
-/// Multi-head self-attention with q, k and v in one projection.
+/// The projections to q, k and v.
+#[derive(Clone, Debug)]
+pub(crate) enum Qkv {
+    /// One layer, with a bias for all or none.
+    Joint(Linear),
+    /// One layer with biases for q and v, which are parameters of the attention.
+    NoKeyBias { weight: Linear, q_bias: Parameter, v_bias: Parameter },
+    /// A layer for each.
+    Split([Linear; 3]),
+}
+
+/// Multi-head self-attention.
 #[derive(Clone, Debug)]
 pub(crate) struct Attention {
-    pub qkv: Linear,
+    pub qkv: Qkv,
+    /// Heads of k and v.
+    pub kv_heads: usize,
+    /// The table of biases by relative position, `[distances, H]`.
+    pub rel_pos_bias: Option<Parameter>,
     pub qk_norm: Option<[Norm; 2]>,
     pub diff: Option<Differential>,
     pub norm: Option<Norm>,
@@ -222,6 +237,7 @@ pub(crate) struct AttentionPool {
     pub proj: Linear,
     pub norm: Norm,
     pub mlp: Mlp,
+    pub num_heads: usize,
 }
 
 /// The linear layers that read the pooled vector: the head, and DeiT's head on the distillation token.
@@ -238,6 +254,10 @@ pub(crate) struct Network {
     pub dist_token: Option<Parameter>,
     pub reg_token: Option<Parameter>,
     pub pos_embed: Option<Parameter>,
+    /// The learned frequencies of rotary positions, `[2, depth, H, d/2]`.
+    pub rope_freqs: Option<Parameter>,
+    /// The table of biases by relative position that all blocks share, `[distances, H]`.
+    pub rel_pos_bias: Option<Parameter>,
     pub patch_embed: PatchEmbed,
     pub norm_pre: Option<Norm>,
     pub blocks: Vec<Block>,
@@ -261,6 +281,12 @@ impl Network {
             dist_token: to.token(usize::from(config.dist_token), "dist_token"),
             reg_token: to.token(config.reg_tokens, "reg_token"),
             pos_embed: to.token(if config.pos_embed { config.pos_embed_len() } else { 0 }, "pos_embed"),
+            rope_freqs: config
+                .rope
+                .is_some_and(|rope| rope.kind == RopeKind::Mixed)
+                .then(|| to.parameter("rope.freqs", &[2, config.depth, config.num_heads, config.head_dim() / 2])),
+            rel_pos_bias: (config.rel_pos_bias == RelPosBias::Shared)
+                .then(|| to.inside("rel_pos_bias", Builder::rel_pos_bias)),
             patch_embed: to.inside("patch_embed", PatchEmbed::describe),
             norm_pre: to.norm_if(config.pre_norm, "norm_pre", dim),
             blocks: (0..config.depth).map(|index| Block::describe(config, index, to)).collect(),
@@ -310,34 +336,35 @@ impl Block {
 
     fn describe(config: &Config, index: usize, to: &mut Builder<'_>) -> Self {
         to.inside(format_args!("blocks.{index}"), |to| match config.block {
-            BlockKind::Standard => Self::Standard(StandardBlock::describe(to)),
-            BlockKind::ResPost => Self::ResPost(ResPostBlock::describe(to)),
+            BlockKind::Standard => Self::Standard(StandardBlock::describe(index, to)),
+            BlockKind::ResPost => Self::ResPost(ResPostBlock::describe(index, to)),
             BlockKind::ParallelScaling => Self::ParallelScaling(ParallelScalingBlock::describe(to)),
-            BlockKind::ParallelThings => Self::ParallelThings(ParallelThingsBlock::describe(to)),
+            BlockKind::ParallelThings => Self::ParallelThings(ParallelThingsBlock::describe(index, to)),
             BlockKind::DiffParallelScaling => Self::DiffParallelScaling(DiffParallelScalingBlock::describe(to)),
         })
     }
 }
 
 impl StandardBlock {
-    fn describe(to: &mut Builder<'_>) -> Self {
+    fn describe(index: usize, to: &mut Builder<'_>) -> Self {
         let dim = to.config.embed_dim;
+        let [first, second] = if to.config.block_gammas { ["gamma_1", "gamma_2"] } else { ["ls1", "ls2"] };
         Self {
             norm1: to.norm("norm1", dim),
-            attn: to.inside("attn", Attention::describe),
-            ls1: to.layer_scale("ls1"),
+            attn: to.inside("attn", |to| Attention::describe(index, to)),
+            ls1: to.layer_scale(first),
             norm2: to.norm("norm2", dim),
             mlp: to.inside("mlp", Mlp::describe),
-            ls2: to.layer_scale("ls2"),
+            ls2: if to.config.attn_only_scale { None } else { to.layer_scale(second) },
         }
     }
 }
 
 impl ResPostBlock {
-    fn describe(to: &mut Builder<'_>) -> Self {
+    fn describe(index: usize, to: &mut Builder<'_>) -> Self {
         let dim = to.config.embed_dim;
         Self {
-            attn: to.inside("attn", Attention::describe),
+            attn: to.inside("attn", |to| Attention::describe(index, to)),
             norm1: to.norm("norm1", dim),
             mlp: to.inside("mlp", Mlp::describe),
             norm2: to.norm("norm2", dim),
@@ -383,10 +410,10 @@ impl DiffParallelScalingBlock {
 }
 
 impl ParallelThingsBlock {
-    fn describe(to: &mut Builder<'_>) -> Self {
+    fn describe(index: usize, to: &mut Builder<'_>) -> Self {
+        let attn = |to: &mut Builder<'_>| Branch::describe(to, "attn", |to| Attention::describe(index, to));
         Self {
-            attns: [0, 1]
-                .map(|i| to.inside(format_args!("attns.{i}"), |to| Branch::describe(to, "attn", Attention::describe))),
+            attns: [0, 1].map(|i| to.inside(format_args!("attns.{i}"), attn)),
             ffns: [0, 1].map(|i| to.inside(format_args!("ffns.{i}"), |to| Branch::describe(to, "mlp", Mlp::describe))),
         }
     }
@@ -399,16 +426,39 @@ impl<F> Branch<F> {
 }
 
 impl Attention {
-    fn describe(to: &mut Builder<'_>) -> Self {
-        let Config { embed_dim: dim, qkv_bias, proj_bias, diff_attn, scale_attn_norm, .. } = *to.config;
+    fn describe(index: usize, to: &mut Builder<'_>) -> Self {
+        let Config { embed_dim: dim, proj_bias, diff_attn, scale_attn_norm, .. } = *to.config;
         let head_dim = to.config.head_dim();
         let lambdas = diff_attn.then(|| to.lambdas());
         Self {
-            qkv: to.linear("qkv", dim, 3 * dim, qkv_bias),
+            qkv: Qkv::describe(index, to),
+            kv_heads: to.config.num_kv_heads(index),
+            rel_pos_bias: (to.config.rel_pos_bias == RelPosBias::Blocks).then(|| to.rel_pos_bias()),
             qk_norm: to.qk_norm(if diff_attn { head_dim / 2 } else { head_dim }),
             diff: lambdas.map(|lambdas| Differential { lambdas, sub_norm: to.sub_norm() }),
             norm: to.norm_if(scale_attn_norm, "norm", dim),
             proj: to.linear("proj", dim, dim, proj_bias),
+        }
+    }
+}
+
+impl Qkv {
+    fn describe(index: usize, to: &mut Builder<'_>) -> Self {
+        let Config { embed_dim: dim, qkv_bias, split_qkv, no_k_bias, .. } = *to.config;
+        if split_qkv {
+            let kv = to.config.num_kv_heads(index) * to.config.head_dim();
+            return Self::Split([
+                to.linear("q_proj", dim, dim, qkv_bias),
+                to.linear("k_proj", dim, kv, qkv_bias && !no_k_bias),
+                to.linear("v_proj", dim, kv, qkv_bias),
+            ]);
+        }
+        let weight = to.linear("qkv", dim, 3 * dim, qkv_bias && !no_k_bias);
+        if qkv_bias && no_k_bias {
+            let [q_bias, v_bias] = ["q_bias", "v_bias"].map(|name| to.parameter(name, &[dim]));
+            Self::NoKeyBias { weight, q_bias, v_bias }
+        } else {
+            Self::Joint(weight)
         }
     }
 }
@@ -432,7 +482,7 @@ impl AttentionPool {
     /// Whatever the blocks have, the pooling has a plain MLP and all biases.
     fn describe(to: &mut Builder<'_>) -> Self {
         let dim = to.config.embed_dim;
-        let hidden = to.config.mlp_hidden;
+        let PoolSizes { num_heads, mlp_hidden: hidden } = to.config.pool_sizes();
         Self {
             latent: to.parameter("latent", &[1, 1, dim]),
             q: to.linear("q", dim, dim, true),
@@ -444,6 +494,7 @@ impl AttentionPool {
                 norm: None,
                 fc2: to.linear("fc2", hidden, dim, true),
             }),
+            num_heads,
         }
     }
 }
@@ -528,12 +579,24 @@ impl<'a> Builder<'a> {
         self.norm_of("sub_norm", 2 * (self.config.head_dim() / 2), NormKind::RmsNorm, 1e-5)
     }
 
+    /// A factor per channel: `gamma` of the module `name`, or the block's own parameter `name`.
     fn layer_scale(&mut self, name: &str) -> Option<Parameter> {
         let width = self.config.embed_dim;
         self.config.layer_scale.then(|| {
+            if self.config.block_gammas {
+                let parameter = Parameter { name: self.path(name), shape: vec![width] };
+                let (name, parameters) = (parameter.name.clone(), vec![parameter.clone()]);
+                self.layers.push(Layer { name, kind: LayerKind::LayerScale, parameters });
+                return parameter;
+            }
             self.add(name, LayerKind::LayerScale, [("gamma", &[width][..])], None);
             Parameter { name: self.path(name) + ".gamma", shape: vec![width] }
         })
+    }
+
+    /// A table of biases by relative position.
+    fn rel_pos_bias(&mut self) -> Parameter {
+        self.parameter("relative_position_bias_table", &[self.config.rel_pos_len(), self.config.num_heads])
     }
 
     fn parameter(&mut self, name: &str, shape: &[usize]) -> Parameter {

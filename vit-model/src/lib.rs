@@ -83,7 +83,10 @@ pub use candle_core as candle;
 pub use candle_nn;
 
 pub use checkpoint::{Checkpoint, Existing, Format, SaveOptions};
-pub use config::{Activation, BlockKind, Config, MlpKind, NormKind, Pool, PreLogits, PreLogitsActivation};
+pub use config::{
+    Activation, BlockKind, Config, MlpKind, NormKind, Pool, PoolSizes, PreLogits, PreLogitsActivation, RelPosBias,
+    Rope, RopeKind,
+};
 pub use cpu::Isa;
 pub use device::Device;
 pub use error::{Error, Result, TensorProblem};

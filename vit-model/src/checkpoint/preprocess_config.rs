@@ -208,13 +208,15 @@ impl Class {
             }
             "Siglip" => Self { norm: INCEPTION, square: false, convert: true, ..base },
             "Beit" => Self { norm: INCEPTION, ..base },
+            // it resizes after scaling to 0 to 1, which differs by less than half a step of a pixel's 256
+            "DINOv3ViT" => Self { filter: Interpolation::Bilinear, ..base },
             "Blip" => Self { norm: CLIP, convert: true, ..base },
             "ConvNext" => {
                 Self { filter: Interpolation::Bilinear, square: false, size: Some(384), convnext: true, ..base }
             }
             other => {
                 return Err(Error::unsupported(format!(
-                    "the image processor {other:?} (known: ViT, DeiT, CLIP, Bit, Siglip, Beit, Blip, ConvNext)"
+                    "the image processor {other:?} (known: ViT, DeiT, CLIP, Bit, Siglip, Beit, DINOv3ViT, Blip, ConvNext)"
                 )));
             }
         })
@@ -228,6 +230,7 @@ impl Class {
             "dinov2" | "dinov2_with_registers" => "Bit",
             "siglip" | "siglip_vision_model" => "Siglip",
             "beit" | "data2vec-vision" => "Beit",
+            "dinov3_vit" => "DINOv3ViT",
             _ => "ViT",
         };
         Self::named(name).unwrap_or(Self {

@@ -6,8 +6,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{computed::Computed, model::Checkpoint};
 use crate::{
-    Config, Result,
+    Config, RelPosBias, Result,
     vit::pos_embed::{Resample, resample},
+    vit::rel_pos,
     weights::{Weights, candle_dtype},
 };
 
@@ -57,14 +58,18 @@ impl Checkpoint {
     }
 }
 
-/// The weights with position embeddings for `model`, resampled from those for the grid `from`.
+/// The weights with position embeddings and biases by relative position for `model`, resampled from those for the grid `from`.
 pub(super) fn with_positions(
     weights: Arc<dyn Weights>,
     from: [usize; 2],
     model: &Config,
     how: Resample,
 ) -> Result<Arc<dyn Weights>> {
-    if !model.pos_embed || from == model.grid() {
+    if from == model.grid() {
+        return Ok(weights);
+    }
+    let weights = with_biases(weights, from, model, how);
+    if !model.pos_embed {
         return Ok(weights);
     }
     let prefix = model.pos_embed_prefix();
@@ -76,6 +81,42 @@ pub(super) fn with_positions(
     let table = Tensor::from_raw_buffer(&weights.read("pos_embed")?, candle_dtype(info.dtype), &shape, &Device::Cpu)?;
     let table = resample(&table.to_dtype(DType::F32)?, prefix, from, model.grid(), how)?;
     replaced(weights, &table)
+}
+
+/// The end of the names of tables of biases by relative position.
+const BIASES: &str = "relative_position_bias_table";
+
+/// The weights with tables of biases by relative position for another grid, which are resampled when they are read.
+fn with_biases(weights: Arc<dyn Weights>, from: [usize; 2], model: &Config, how: Resample) -> Arc<dyn Weights> {
+    if model.rel_pos_bias == RelPosBias::None {
+        return weights;
+    }
+    let stored = Config { img_size: from, patch_size: [1, 1], ..model.clone() };
+    let (shape, to) = ([stored.rel_pos_len(), model.num_heads], model.grid());
+    let tables = weights.tensors().iter().filter(|(name, info)| name.ends_with(BIASES) && info.shape == shape);
+    let names: Vec<String> = tables.map(|(name, _)| name.clone()).collect();
+    let mut computed = Computed::new(weights);
+    for name in names {
+        let table = name.clone();
+        computed.replace(name, vec![model.rel_pos_len(), model.num_heads], move |weights| {
+            let table = Tensor::from_vec(weights.read_f32(&table)?, &shape[..], &Device::Cpu)?;
+            let table = rel_pos::resample(&table, from, to, how)?.flatten_all()?.to_vec1::<f32>()?;
+            Ok(table.iter().flat_map(|v| v.to_le_bytes()).collect())
+        });
+    }
+    Arc::new(computed)
+}
+
+/// The grid of the tables of biases in a file that are for another grid than the model's, if it is square, as libraries assume.
+pub(super) fn grid_of_biases(weights: &dyn Weights, model: &Config) -> Option<[usize; 2]> {
+    let (_, info) = weights.tensors().iter().find(|(name, _)| name.ends_with(BIASES))?;
+    let rows = *info.shape.first()?;
+    if model.rel_pos_bias == RelPosBias::None || rows == model.rel_pos_len() {
+        return None;
+    }
+    let distances = rows.checked_sub(3)?;
+    let side = distances.isqrt();
+    (side.checked_mul(side) == Some(distances) && side % 2 == 1).then(|| [side.div_ceil(2); 2])
 }
 
 /// The weights with another table of position embeddings, in f32.

@@ -205,7 +205,10 @@ impl Block<LinearSource> {
         };
         Ok(Self {
             norm1: Norm::read(&norm1, weights)?,
-            qkv: attn.qkv.into(),
+            qkv: match attn.qkv {
+                layers::Qkv::Joint(qkv) => qkv.into(),
+                _ => return Err(lacks("q, k and v apart")),
+            },
             qk_norm: match &attn.qk_norm {
                 Some([q, k]) => Some((Norm::read(q, weights)?, Norm::read(k, weights)?)),
                 None => None,

@@ -4,16 +4,19 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![deny(clippy::as_conversions)]
 
+mod beit;
 mod deit;
+mod eva;
 mod family;
 mod vision_transformer;
 
 pub use self::family::Architecture;
+pub(crate) use self::family::Class;
 use self::family::{Family, Row};
 
 /// Every family, table by table.
 fn families() -> impl Iterator<Item = &'static Family> {
-    [vision_transformer::FAMILIES, deit::FAMILIES].into_iter().flatten()
+    [vision_transformer::FAMILIES, deit::FAMILIES, eva::FAMILIES, beit::FAMILIES].into_iter().flatten()
 }
 
 /// Every name with its family.

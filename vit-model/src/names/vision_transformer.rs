@@ -1,6 +1,6 @@
 //! The 163 names of timm 1.0.31's `vision_transformer.py`.
 
-use super::family::Family;
+use super::family::{Class, Family};
 use crate::config::{
     Activation::{GeluTanh, QuickGelu, Silu},
     BlockKind::{DiffParallelScaling, ParallelScaling, ParallelThings, ResPost},
@@ -11,7 +11,7 @@ use crate::config::{
 
 #[rustfmt::skip]
 pub(super) const FAMILIES: &[Family] = &[
-    Family { change: |_| {}, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |_| {}, fc_norm: None, rows: &[
         ("test_vit", [64, 6, 2], 3.0, 16, 160, 1000),
         ("vit_base_patch16_224", [768, 12, 12], 4.0, 16, 224, 1000),
         ("vit_base_patch16_384", [768, 12, 12], 4.0, 16, 384, 1000),
@@ -34,7 +34,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_tiny_patch16_224", [192, 12, 3], 4.0, 16, 224, 1000),
         ("vit_tiny_patch16_384", [192, 12, 3], 4.0, 16, 384, 1000),
     ] },
-    Family { change: |c| c.layer_scale = true, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| c.layer_scale = true, fc_norm: None, rows: &[
         ("vit_base_patch14_dinov2", [768, 12, 12], 4.0, 14, 518, 0),
         ("vit_base_patch16_plus_240", [896, 12, 14], 4.0, 16, 240, 1000),
         ("vit_base_patch32_plus_256", [896, 12, 14], 4.0, 32, 256, 1000),
@@ -42,19 +42,19 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_small_patch14_dinov2", [384, 12, 6], 4.0, 14, 518, 0),
         ("vit_small_patch16_36x1_224", [384, 36, 6], 4.0, 16, 224, 1000),
     ] },
-    Family { change: |c| c.no_embed_class = true, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| c.no_embed_class = true, fc_norm: None, rows: &[
         ("flexivit_base", [768, 12, 12], 4.0, 16, 240, 1000),
         ("flexivit_large", [1024, 24, 16], 4.0, 16, 240, 1000),
         ("flexivit_small", [384, 12, 6], 4.0, 16, 240, 1000),
     ] },
-    Family { change: |c| c.global_pool = Avg, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| c.global_pool = Avg, fc_norm: None, rows: &[
         ("eva_large_patch14_196", [1024, 24, 16], 4.0, 14, 196, 1000),
         ("eva_large_patch14_336", [1024, 24, 16], 4.0, 14, 336, 1000),
     ] },
-    Family { change: |c| c.qkv_bias = false, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| c.qkv_bias = false, fc_norm: None, rows: &[
         ("vit_base_patch16_224_miil", [768, 12, 12], 4.0, 16, 224, 11221),
     ] },
-    Family { change: |c| { c.pre_norm = true; c.ln_eps = 1e-5; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.pre_norm = true; c.ln_eps = 1e-5; }, fc_norm: None, rows: &[
         ("vit_base_patch16_clip_224", [768, 12, 12], 4.0, 16, 224, 1000),
         ("vit_base_patch16_clip_384", [768, 12, 12], 4.0, 16, 384, 1000),
         ("vit_base_patch16_plus_clip_240", [896, 12, 14], 4.0, 16, 240, 640),
@@ -75,7 +75,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_medium_patch32_clip_224", [512, 12, 8], 4.0, 32, 224, 512),
         ("vit_xsmall_patch16_clip_224", [256, 10, 4], 4.0, 16, 224, 512),
     ] },
-    Family { change: |c| { c.class_token = false; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
         ("vit_base_patch16_gap_224", [768, 12, 16], 4.0, 16, 224, 1000),
         ("vit_base_patch16_siglip_gap_224", [768, 12, 12], 4.0, 16, 224, 0),
         ("vit_base_patch16_siglip_gap_256", [768, 12, 12], 4.0, 16, 256, 0),
@@ -92,7 +92,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_so400m_patch14_siglip_gap_448", [1152, 27, 16], 3.7362, 14, 448, 0),
         ("vit_so400m_patch14_siglip_gap_896", [1152, 27, 16], 3.7362, 14, 896, 0),
     ] },
-    Family { change: |c| { c.class_token = false; c.global_pool = Map; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.global_pool = Map; }, fc_norm: None, rows: &[
         ("vit_base_patch16_siglip_224", [768, 12, 12], 4.0, 16, 224, 0),
         ("vit_base_patch16_siglip_256", [768, 12, 12], 4.0, 16, 256, 0),
         ("vit_base_patch16_siglip_384", [768, 12, 12], 4.0, 16, 384, 0),
@@ -103,14 +103,14 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_so400m_patch14_siglip_378", [1152, 27, 16], 3.7362, 14, 378, 0),
         ("vit_so400m_patch14_siglip_384", [1152, 27, 16], 3.7362, 14, 384, 0),
     ] },
-    Family { change: |c| { c.block = ParallelThings; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.block = ParallelThings; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_base_patch16_18x2_224", [768, 18, 12], 4.0, 16, 224, 1000),
         ("vit_small_patch16_18x2_224", [384, 18, 6], 4.0, 16, 224, 1000),
     ] },
-    Family { change: |c| { c.final_norm = false; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.final_norm = false; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_intern300m_patch14_448", [1024, 24, 16], 4.0, 14, 448, 0),
     ] },
-    Family { change: |c| { c.act = GeluTanh; c.class_token = false; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = GeluTanh; c.class_token = false; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
         ("vit_base_patch32_siglip_gap_256", [768, 12, 12], 4.0, 32, 256, 0),
         ("vit_giantopt_patch16_siglip_gap_256", [1536, 40, 16], 4.0, 16, 256, 0),
         ("vit_giantopt_patch16_siglip_gap_384", [1536, 40, 16], 4.0, 16, 384, 0),
@@ -119,7 +119,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_so400m_patch16_siglip_gap_384", [1152, 27, 16], 3.7362, 16, 384, 0),
         ("vit_so400m_patch16_siglip_gap_512", [1152, 27, 16], 3.7362, 16, 512, 0),
     ] },
-    Family { change: |c| { c.act = GeluTanh; c.class_token = false; c.global_pool = Map; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = GeluTanh; c.class_token = false; c.global_pool = Map; }, fc_norm: None, rows: &[
         ("vit_base_patch32_siglip_256", [768, 12, 12], 4.0, 32, 256, 0),
         ("vit_giantopt_patch16_siglip_256", [1536, 40, 16], 4.0, 16, 256, 0),
         ("vit_giantopt_patch16_siglip_384", [1536, 40, 16], 4.0, 16, 384, 0),
@@ -128,7 +128,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_so400m_patch16_siglip_384", [1152, 27, 16], 3.7362, 16, 384, 0),
         ("vit_so400m_patch16_siglip_512", [1152, 27, 16], 3.7362, 16, 512, 0),
     ] },
-    Family { change: |c| { c.act = QuickGelu; c.pre_norm = true; c.ln_eps = 1e-5; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = QuickGelu; c.pre_norm = true; c.ln_eps = 1e-5; }, fc_norm: None, rows: &[
         ("vit_base_patch16_clip_quickgelu_224", [768, 12, 12], 4.0, 16, 224, 512),
         ("vit_base_patch32_clip_quickgelu_224", [768, 12, 12], 4.0, 32, 224, 512),
         ("vit_gigantic_patch14_clip_quickgelu_224", [1664, 48, 16], 4.923076923076923, 14, 224, 1280),
@@ -137,63 +137,63 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_large_patch14_clip_quickgelu_224", [1024, 24, 16], 4.0, 14, 224, 768),
         ("vit_large_patch14_clip_quickgelu_336", [1024, 24, 16], 4.0, 14, 336, 768),
     ] },
-    Family { change: |c| { c.reg_tokens = 1; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.reg_tokens = 1; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_base_patch14_reg1_tipsv2", [768, 12, 12], 4.0, 14, 448, 0),
         ("vit_large_patch14_reg1_tipsv2", [1024, 24, 16], 4.0, 14, 448, 0),
         ("vit_so400m_patch14_reg1_tipsv2", [1152, 27, 16], 3.736111111111111, 14, 448, 0),
     ] },
-    Family { change: |c| { c.reg_tokens = 4; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.reg_tokens = 4; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_base_patch14_reg4_dinov2", [768, 12, 12], 4.0, 14, 518, 0),
         ("vit_large_patch14_reg4_dinov2", [1024, 24, 16], 4.0, 14, 518, 0),
         ("vit_small_patch14_reg4_dinov2", [384, 12, 6], 4.0, 14, 518, 0),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 4; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 4; c.global_pool = Avg; }, fc_norm: Some(false), rows: &[
         ("vit_so150m_patch16_reg4_gap_256", [896, 18, 14], 2.572, 16, 256, 1000),
         ("vit_so150m_patch16_reg4_gap_384", [896, 18, 14], 2.572, 16, 384, 1000),
     ] },
-    Family { change: |c| { c.reg_tokens = 7; c.no_embed_class = true; c.final_norm = false; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.reg_tokens = 7; c.no_embed_class = true; c.final_norm = false; }, fc_norm: None, rows: &[
         ("vit_giant_patch16_radio_v3", [1536, 40, 24], 4.0, 16, 512, 0),
         ("vit_huge_patch16_radio_v3", [1280, 32, 16], 4.0, 16, 512, 0),
     ] },
-    Family { change: |c| { c.reg_tokens = 9; c.no_embed_class = true; c.final_norm = false; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.reg_tokens = 9; c.no_embed_class = true; c.final_norm = false; }, fc_norm: None, rows: &[
         ("vit_huge_patch16_radio_v4", [1280, 32, 16], 4.0, 16, 512, 0),
         ("vit_so400m_patch16_radio_v4", [1152, 27, 16], 3.736111111111111, 16, 512, 0),
     ] },
-    Family { change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_giant_patch14_dinov2", [1536, 40, 24], 5.33334, 14, 518, 0),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 4; c.global_pool = Map; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 4; c.global_pool = Map; }, fc_norm: None, rows: &[
         ("vit_so150m_patch16_reg4_map_256", [896, 18, 14], 2.572, 16, 256, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: Some(false), rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: Some(false), rows: &[
         ("vit_betwixt_patch16_gap_256", [640, 12, 10], 4.0, 16, 256, 1000),
         ("vit_medium_patch16_gap_240", [512, 12, 8], 4.0, 16, 240, 11821),
         ("vit_medium_patch16_gap_256", [512, 12, 8], 4.0, 16, 256, 1000),
         ("vit_medium_patch16_gap_384", [512, 12, 8], 4.0, 16, 384, 1000),
     ] },
-    Family { change: |c| { c.global_pool = Avg; c.ln_eps = 1e-5; c.scale_attn_norm = true; c.scale_mlp_norm = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.global_pool = Avg; c.ln_eps = 1e-5; c.scale_attn_norm = true; c.scale_mlp_norm = true; }, fc_norm: None, rows: &[
         ("beit3_base_patch16_224", [768, 12, 12], 4.0, 16, 224, 1000),
         ("beit3_giant_patch14_224", [1408, 40, 16], 4.3637, 14, 224, 1000),
         ("beit3_giant_patch14_336", [1408, 40, 16], 4.3637, 14, 336, 1000),
         ("beit3_large_patch16_224", [1024, 24, 16], 4.0, 16, 224, 1000),
     ] },
-    Family { change: |c| { c.reg_tokens = 7; c.no_embed_class = true; c.final_norm = false; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.reg_tokens = 7; c.no_embed_class = true; c.final_norm = false; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_base_patch16_radio_v3", [768, 12, 12], 4.0, 16, 512, 0),
         ("vit_large_patch16_radio_v3", [1024, 24, 16], 4.0, 16, 512, 0),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("test_vit2", [64, 8, 2], 3.0, 16, 160, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 4; c.no_embed_class = true; c.global_pool = Avg; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 4; c.no_embed_class = true; c.global_pool = Avg; }, fc_norm: None, rows: &[
         ("vit_base_patch16_reg4_gap_256", [768, 12, 12], 4.0, 16, 256, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_betwixt_patch16_reg1_gap_256", [640, 12, 10], 4.0, 16, 256, 1000),
         ("vit_little_patch16_reg1_gap_256", [320, 14, 5], 5.6, 16, 256, 1000),
         ("vit_medium_patch16_reg1_gap_256", [512, 12, 8], 4.0, 16, 256, 1000),
         ("vit_wee_patch16_reg1_gap_256", [256, 14, 4], 5.0, 16, 256, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 4; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 4; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_betwixt_patch16_reg4_gap_256", [640, 12, 10], 4.0, 16, 256, 1000),
         ("vit_betwixt_patch16_reg4_gap_384", [640, 12, 10], 4.0, 16, 384, 1000),
         ("vit_little_patch16_reg4_gap_256", [320, 14, 5], 5.6, 16, 256, 1000),
@@ -201,38 +201,38 @@ pub(super) const FAMILIES: &[Family] = &[
         ("vit_mediumd_patch16_reg4_gap_256", [512, 20, 8], 4.0, 16, 256, 1000),
         ("vit_mediumd_patch16_reg4_gap_384", [512, 20, 8], 4.0, 16, 384, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: None, rows: &[
         ("vit_so150m2_patch16_reg1_gap_256", [832, 21, 13], 2.6153846153846154, 16, 256, 1000),
         ("vit_so150m2_patch16_reg1_gap_384", [832, 21, 13], 2.6153846153846154, 16, 384, 1000),
         ("vit_so150m2_patch16_reg1_gap_448", [832, 21, 13], 2.6153846153846154, 16, 448, 1000),
     ] },
-    Family { change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.reg_tokens = 1; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.reg_tokens = 1; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_giant_patch14_reg1_tipsv2", [1536, 40, 24], 5.33334, 14, 448, 0),
     ] },
-    Family { change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.reg_tokens = 4; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = Silu; c.mlp = SwigluPacked; c.reg_tokens = 4; c.no_embed_class = true; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_giant_patch14_reg4_dinov2", [1536, 40, 24], 5.33334, 14, 518, 0),
     ] },
-    Family { change: |c| { c.block = ResPost; c.class_token = false; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.block = ResPost; c.class_token = false; c.global_pool = Avg; c.layer_scale = true; c.qkv_bias = false; }, fc_norm: None, rows: &[
         ("vit_base_patch16_rpn_224", [768, 12, 12], 4.0, 16, 224, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.norm = RmsNorm; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Avg; c.norm = RmsNorm; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("test_vit4", [96, 9, 3], 3.0, 16, 160, 1000),
     ] },
-    Family { change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Map; c.pool_include_prefix = true; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.class_token = false; c.reg_tokens = 1; c.global_pool = Map; c.pool_include_prefix = true; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("test_vit3", [96, 9, 3], 2.0, 16, 160, 1000),
     ] },
-    Family { change: |c| { c.block = ParallelScaling; c.no_embed_class = true; c.pre_norm = true; c.norm = RmsNorm; c.qkv_bias = false; c.qk_norm = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.block = ParallelScaling; c.no_embed_class = true; c.pre_norm = true; c.norm = RmsNorm; c.qkv_bias = false; c.qk_norm = true; }, fc_norm: None, rows: &[
         ("vit_base_patch16_xp_224", [768, 12, 12], 4.0, 16, 224, 1000),
         ("vit_huge_patch14_xp_224", [1280, 32, 16], 4.0, 14, 224, 1000),
         ("vit_large_patch14_xp_224", [1024, 24, 16], 4.0, 14, 224, 1000),
     ] },
-    Family { change: |c| { c.block = DiffParallelScaling; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.block = DiffParallelScaling; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_dpwee_patch16_reg1_gap_256", [256, 16, 4], 5.0, 16, 256, 1000),
     ] },
-    Family { change: |c| { c.block = ParallelScaling; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.block = ParallelScaling; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_pwee_patch16_reg1_gap_256", [256, 16, 4], 5.0, 16, 256, 1000),
     ] },
-    Family { change: |c| { c.act = Silu; c.mlp = Swiglu; c.class_token = false; c.global_pool = Avg; c.norm = RmsNorm; c.ln_eps = 1e-5; c.patch_norm = true; c.qkv_bias = false; c.proj_bias = false; }, fc_norm: Some(false), rows: &[
+    Family { class: Class::Vit, change: |c| { c.act = Silu; c.mlp = Swiglu; c.class_token = false; c.global_pool = Avg; c.norm = RmsNorm; c.ln_eps = 1e-5; c.patch_norm = true; c.qkv_bias = false; c.proj_bias = false; }, fc_norm: Some(false), rows: &[
         ("aimv2_1b_patch14_224", [2048, 24, 16], 2.75, 14, 224, 0),
         ("aimv2_1b_patch14_336", [2048, 24, 16], 2.75, 14, 336, 0),
         ("aimv2_1b_patch14_448", [2048, 24, 16], 2.75, 14, 448, 0),
@@ -246,7 +246,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ("aimv2_large_patch14_336", [1024, 24, 8], 2.75, 14, 336, 0),
         ("aimv2_large_patch14_448", [1024, 24, 8], 2.75, 14, 448, 0),
     ] },
-    Family { change: |c| { c.diff_attn = true; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
+    Family { class: Class::Vit, change: |c| { c.diff_attn = true; c.class_token = false; c.reg_tokens = 1; c.no_embed_class = true; c.global_pool = Avg; c.layer_scale = true; }, fc_norm: None, rows: &[
         ("vit_dlittle_patch16_reg1_gap_256", [320, 14, 5], 5.6, 16, 256, 1000),
         ("vit_dwee_patch16_reg1_gap_256", [256, 14, 4], 5.0, 16, 256, 1000),
     ] },

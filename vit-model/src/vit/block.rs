@@ -7,6 +7,7 @@ use super::attention::Attention;
 use super::mlp::Mlp;
 use super::norm::Norm;
 use super::parallel::{DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock};
+use super::positions::Positions;
 use super::scale::{LayerScale, scale_if_any};
 use super::tap::Tap;
 use crate::config::Config;
@@ -36,8 +37,8 @@ impl StandardBlock {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
-        let attended = self.attn.forward(&self.norm1.forward(x)?, tap)?;
+    fn forward(&self, x: &Tensor, positions: &Positions, tap: &mut dyn Tap) -> Result<Tensor> {
+        let attended = self.attn.forward(&self.norm1.forward(x)?, positions, tap)?;
         let x = (x + scale_if_any(self.ls1.as_ref(), attended)?)?;
         let hidden = self.mlp.forward(&self.norm2.forward(&x)?)?;
         &x + scale_if_any(self.ls2.as_ref(), hidden)?
@@ -64,8 +65,8 @@ impl ResPostBlock {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
-        let x = (x + self.norm1.forward(&self.attn.forward(x, tap)?)?)?;
+    fn forward(&self, x: &Tensor, positions: &Positions, tap: &mut dyn Tap) -> Result<Tensor> {
+        let x = (x + self.norm1.forward(&self.attn.forward(x, positions, tap)?)?)?;
         &x + self.norm2.forward(&self.mlp.forward(&x)?)?
     }
 }
@@ -98,13 +99,22 @@ impl Block {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    pub(super) fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, positions: &Positions, tap: &mut dyn Tap) -> Result<Tensor> {
         match self {
-            Self::Standard(block) => block.forward(x, tap),
-            Self::ResPost(block) => block.forward(x, tap),
+            Self::Standard(block) => block.forward(x, positions, tap),
+            Self::ResPost(block) => block.forward(x, positions, tap),
             Self::ParallelScaling(block) => block.forward(x, tap),
-            Self::ParallelThings(block) => block.forward(x, tap),
+            Self::ParallelThings(block) => block.forward(x, positions, tap),
             Self::DiffParallelScaling(block) => block.forward(x, tap),
+        }
+    }
+
+    /// Resamples the block's table of biases by relative position, if it has one.
+    pub(super) fn resize(&mut self, resample: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+        match self {
+            Self::Standard(block) => block.attn.resize(resample),
+            Self::ResPost(block) => block.attn.resize(resample),
+            Self::ParallelScaling(_) | Self::ParallelThings(_) | Self::DiffParallelScaling(_) => Ok(()),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The patch embedding: pixels → tokens.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use super::linear::{Linear, WEIGHT};
@@ -23,6 +23,11 @@ impl PatchEmbed {
         let norm = Norm::read_if_any(layer.norm.as_ref(), vb)?;
         let proj = Linear::new(weight.reshape((*outputs, *inputs))?, bias)?;
         Ok(Self { proj, norm, patch_size: [height, width] })
+    }
+
+    /// Where the weights are.
+    pub(super) fn device(&self) -> &Device {
+        self.proj.device()
     }
 
     /// `[B, C, h, w] → [B, N, D]`. Pixels to the right of and below the last whole patch are ignored.

@@ -8,7 +8,7 @@ use super::{Prune, VisionTransformer, tap::Blocks};
 use crate::{Config, Error, Pool, Result, layers};
 
 /// Tokens and embeddings that weight decay excludes, as in timm's `no_weight_decay`.
-const NO_WEIGHT_DECAY: [&str; 4] = ["pos_embed", "cls_token", "reg_token", "dist_token"];
+const NO_WEIGHT_DECAY: [&str; 5] = ["pos_embed", "cls_token", "reg_token", "dist_token", "rope.freqs"];
 
 impl VisionTransformer {
     /// Replaces the head by one with parameters `head.*` (and `head_dist.*`) of `vb`, and the pooling if `pool` is set.
@@ -49,7 +49,7 @@ impl VisionTransformer {
 
 /// Whether weight decay excludes a parameter: biases, norms and scales (one dimension), tokens, position embeddings.
 pub fn no_weight_decay(name: &str, shape: &[usize]) -> bool {
-    shape.len() <= 1 || NO_WEIGHT_DECAY.contains(&name)
+    shape.len() <= 1 || NO_WEIGHT_DECAY.contains(&name) || name.ends_with("relative_position_bias_table")
 }
 
 /// The group of each parameter for a learning rate that decays with depth: 0 for the embedding, 1 to `depth` for the
@@ -62,7 +62,7 @@ pub fn layer_groups(config: &Config) -> Result<BTreeMap<String, usize>> {
     let group = |name: &str| {
         let first = name.split('.').next().unwrap_or_default();
         match first {
-            "cls_token" | "reg_token" | "dist_token" | "pos_embed" | "patch_embed" | "norm_pre" => 0,
+            "cls_token" | "reg_token" | "dist_token" | "pos_embed" | "patch_embed" | "norm_pre" | "rel_pos_bias" => 0,
             "blocks" => name.split('.').nth(1).and_then(|i| i.parse::<usize>().ok()).map_or(0, |i| i + 1),
             "norm" => config.depth,
             _ => config.depth + 1,

@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
 use crate::{
-    Activation, BlockKind, Config, MlpKind, NormKind, Pool, PreLogits, VisionTransformer, layers::parameters,
-    names::Architecture,
+    Activation, BlockKind, Config, MlpKind, NormKind, Pool, PoolSizes, PreLogits, RelPosBias, Rope, RopeKind,
+    VisionTransformer, layers::parameters, names::Architecture,
 };
 
 /// A model small enough to differentiate by hand.
@@ -17,6 +17,7 @@ fn tiny() -> Config {
 
 /// Every kind of block, MLP, activation, norm and pooling.
 pub(crate) fn variants() -> Vec<(&'static str, Config)> {
+    let (axial, centred) = (Rope::new(RopeKind::Axial, 100.0), Rope::new(RopeKind::Centred, 100.0));
     vec![
         ("standard", tiny()),
         ("layer scale, registers", Config { layer_scale: true, reg_tokens: 2, no_embed_class: true, ..tiny() }),
@@ -28,6 +29,48 @@ pub(crate) fn variants() -> Vec<(&'static str, Config)> {
         ("rms, swiglu", Config { norm: NormKind::RmsNorm, mlp: MlpKind::Swiglu, act: Activation::Silu, ..tiny() }),
         ("packed", Config { mlp: MlpKind::SwigluPacked, act: Activation::Silu, global_pool: Pool::Avgmax, ..tiny() }),
         ("scale norms", Config { scale_attn_norm: true, scale_mlp_norm: true, patch_norm: true, ..tiny() }),
+        ("rotary", Config { rope: Some(Rope { column_first: true, ..axial }), no_k_bias: true, ..tiny() }),
+        (
+            "rotary halves",
+            Config { rope: Some(Rope { rotate_half: true, ..centred }), block: BlockKind::ResPost, ..tiny() },
+        ),
+        (
+            "learned frequencies",
+            Config { rope: Some(Rope { kind: RopeKind::Mixed, ..axial }), reg_tokens: 1, ..tiny() },
+        ),
+        (
+            "split, grouped",
+            Config {
+                split_qkv: true,
+                no_k_bias: true,
+                kv_heads: vec![2, 1],
+                rope: Some(axial),
+                qk_norm: true,
+                ..tiny()
+            },
+        ),
+        (
+            "relative positions",
+            Config {
+                rel_pos_bias: RelPosBias::Blocks,
+                layer_scale: true,
+                block_gammas: true,
+                no_k_bias: true,
+                ..tiny()
+            },
+        ),
+        ("shared relative positions", Config { rel_pos_bias: RelPosBias::Shared, pos_embed: false, ..tiny() }),
+        (
+            "pool of its own size",
+            Config {
+                global_pool: Pool::Map,
+                pool: Some(PoolSizes::new(4, 5)),
+                pool_include_prefix: true,
+                layer_scale: true,
+                attn_only_scale: true,
+                ..tiny()
+            },
+        ),
         ("distilled", Config { dist_token: true, ..tiny() }),
         ("pre_logits", Config { pre_logits: Some(PreLogits::tanh(5)), ..tiny() }),
     ]

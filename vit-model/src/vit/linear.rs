@@ -1,7 +1,7 @@
 //! A linear layer, in the form that suits training, inference on a GPU, or quantised weights.
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
-use candle_core::{D, DType, Module, Result, Tensor};
+use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use crate::layers;
@@ -57,6 +57,15 @@ impl Linear {
                 Ok(Self::Joined(Tensor::cat(&[weight, bias], 1)?))
             }
             bias => Ok(Self::Plain(weight, bias)),
+        }
+    }
+
+    /// Where the weights are.
+    pub(super) fn device(&self) -> &Device {
+        match self {
+            Self::Plain(weight, _) | Self::Joined(weight) => weight.device(),
+            Self::Quantised(_, Some(bias)) => bias.device(),
+            Self::Quantised(_, None) => &Device::Cpu,
         }
     }
 

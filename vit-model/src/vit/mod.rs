@@ -21,11 +21,14 @@ mod parallel;
 mod parameters;
 mod pool;
 pub mod pos_embed;
+mod positions;
+pub(crate) mod rel_pos;
+mod rope;
 mod scale;
 pub mod tap;
 pub(crate) mod weights;
 
-use candle_core::{IndexOp, Result as CandleResult, Tensor};
+use candle_core::{DType, Device, IndexOp, Result as CandleResult, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use self::block::Block;
@@ -34,6 +37,7 @@ use self::linear::{Linear, WEIGHT};
 use self::norm::{Norm, norm_if_any};
 use self::pool::AttentionPool;
 use self::pos_embed::Resample;
+use self::positions::Positions;
 use self::tap::Tap;
 use crate::config::{Config, Pool};
 use crate::layers::{self, Network};
@@ -41,6 +45,9 @@ use crate::{Error, Result};
 
 /// Initial values of the tokens of a model that is trained from scratch; a checkpoint's values replace them.
 const TOKEN: Init = Init::Randn { mean: 0.0, stdev: 1e-6 };
+
+/// Initial values of the frequencies of rotary positions, which timm draws at random, too.
+const FREQUENCY: Init = Init::Randn { mean: 0.0, stdev: 1.0 };
 
 /// What [`VisionTransformer::prune_intermediate_layers`] drops beside blocks (timm's `prune_norm` and `prune_head`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -69,6 +76,11 @@ pub struct VisionTransformer {
     dist_token: Option<Tensor>,
     reg_token: Option<Tensor>,
     pos_embed: Option<Tensor>,
+    rope_freqs: Option<Tensor>,
+    rel_pos_bias: Option<Tensor>,
+    /// The positions of images of the model's own size, unless training changes what they are computed from.
+    positions: Option<Positions>,
+    dtype: DType,
     norm_pre: Option<Norm>,
     blocks: Vec<Block>,
     norm: Option<Norm>,
@@ -97,13 +109,17 @@ impl VisionTransformer {
         let blocks = network.blocks.iter().enumerate();
         let attn_pool = network.attn_pool.as_ref().map(|pool| AttentionPool::read(pool, config, &vb)).transpose()?;
         let [head, head_dist] = Self::heads(&network.heads, &vb)?;
-        Ok(Self {
+        let mut model = Self {
             config: config.clone(),
             patch_embed: PatchEmbed::read(&network.patch_embed, &vb)?,
             cls_token: parameter(&network.cls_token, TOKEN)?,
             dist_token: parameter(&network.dist_token, TOKEN)?,
             reg_token: parameter(&network.reg_token, TOKEN)?,
             pos_embed: parameter(&network.pos_embed, WEIGHT)?,
+            rope_freqs: parameter(&network.rope_freqs, FREQUENCY)?,
+            rel_pos_bias: parameter(&network.rel_pos_bias, Init::Const(0.0))?,
+            positions: None,
+            dtype: vb.dtype(),
             norm_pre: norm(&network.norm_pre)?,
             blocks: blocks.map(|(i, block)| Block::read(block, config, i, &vb)).collect::<CandleResult<_>>()?,
             norm: norm(&network.norm)?,
@@ -113,7 +129,34 @@ impl VisionTransformer {
             head,
             head_dist,
             dynamic: None,
-        })
+        };
+        model.remember_positions(vb.device())?;
+        Ok(model)
+    }
+
+    /// Computes the positions for images of the model's own size, unless they can change.
+    fn remember_positions(&mut self, device: &Device) -> Result<()> {
+        let trained = [&self.rope_freqs, &self.rel_pos_bias].into_iter().flatten().any(Tensor::track_op);
+        self.positions = match trained {
+            true => None,
+            false => Some(self.compute_positions(self.config.grid(), Resample::default(), device)?),
+        };
+        Ok(())
+    }
+
+    fn compute_positions(&self, grid: [usize; 2], how: Resample, device: &Device) -> CandleResult<Positions> {
+        let learned = [self.rope_freqs.as_ref(), self.rel_pos_bias.as_ref()];
+        Positions::new(&self.config, grid, how, learned, self.dtype, device)
+    }
+
+    /// The positions for images of the size of `x`, which [`pos_embed_for`](Self::pos_embed_for) accepts.
+    fn positions_for(&self, x: &Tensor) -> CandleResult<Positions> {
+        let (_, _, h, w) = x.dims4()?;
+        let grid = [h / self.config.patch_size[0], w / self.config.patch_size[1]];
+        match &self.positions {
+            Some(positions) if grid == self.config.grid() => Ok(positions.clone()),
+            _ => self.compute_positions(grid, self.dynamic.unwrap_or_default(), x.device()),
+        }
     }
 
     /// The head, and the one on the distillation token.
@@ -136,6 +179,7 @@ impl VisionTransformer {
     pub(crate) fn truncate(&mut self, depth: usize, prune: Prune) {
         self.blocks.truncate(depth);
         self.config.depth = self.blocks.len();
+        self.config.kv_heads.truncate(self.config.depth);
         if matches!(prune, Prune::FinalNorm | Prune::FinalNormAndHead) {
             self.norm = None;
         }
@@ -163,8 +207,17 @@ impl VisionTransformer {
             let prefix = self.config.pos_embed_prefix();
             self.pos_embed = Some(pos_embed::resample(table, prefix, self.config.grid(), config.grid(), how)?);
         }
+        let (from, to) = (self.config.grid(), config.grid());
+        let resample = |table: &Tensor| rel_pos::resample(table, from, to, how);
+        if let Some(table) = &self.rel_pos_bias {
+            self.rel_pos_bias = Some(resample(table)?);
+        }
+        for block in &mut self.blocks {
+            block.resize(resample)?;
+        }
         self.config = config;
-        Ok(())
+        let device = self.patch_embed.device().clone();
+        self.remember_positions(&device)
     }
 
     /// Lets the model read images of any size that is a multiple of the patch size, with position embeddings resampled
@@ -210,10 +263,12 @@ impl VisionTransformer {
     /// # Errors
     /// As [`forward`](Self::forward), and any error of the tap.
     pub fn forward_tapped(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
-        let mut x = self.embed(x)?; // [B, N, D]
-        tap.embedded(&x)?;
+        let tokens = self.embed(x)?; // [B, N, D]
+        tap.embedded(&tokens)?;
+        let positions = self.positions_for(x)?;
+        let mut x = tokens;
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, tap)?;
+            x = block.forward(&x, &positions, tap)?;
             if !tap.block(index, &x)? {
                 break;
             }

@@ -7,6 +7,7 @@ use super::attention::{Attention, Differential, QkNorm, attention_probabilities,
 use super::linear::Linear;
 use super::mlp::Mlp;
 use super::norm::Norm;
+use super::positions::Positions;
 use super::scale::{LayerScale, scale_if_any};
 use super::tap::Tap;
 use crate::config::{Activation, Config};
@@ -157,9 +158,9 @@ impl ParallelThingsBlock {
     }
 
     /// `[B, N, D] → [B, N, D]`
-    pub(super) fn forward(&self, x: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, positions: &Positions, tap: &mut dyn Tap) -> Result<Tensor> {
         let mut attend = |a: &Branch<Attention>| {
-            let y = a.f.forward(&a.norm.forward(x)?, tap)?;
+            let y = a.f.forward(&a.norm.forward(x)?, positions, tap)?;
             scale_if_any(a.ls.as_ref(), y)
         };
         let x = (x + (attend(&self.attns[0])? + attend(&self.attns[1])?)?)?;

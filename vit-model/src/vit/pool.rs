@@ -31,7 +31,7 @@ impl AttentionPool {
             proj: Linear::read(&layers.proj, vb)?,
             norm: Norm::read(&layers.norm, vb)?,
             mlp: Mlp::read(&layers.mlp, config.act, vb)?,
-            num_heads: config.num_heads,
+            num_heads: layers.num_heads,
         })
     }
 

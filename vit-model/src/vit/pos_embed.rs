@@ -36,7 +36,7 @@ impl Resample {
     }
 
     /// The matrix `[to, from]`, row-major, that resamples a line of `from` values to `to`.
-    fn matrix(self, from: usize, to: usize) -> Vec<f32> {
+    pub(super) fn matrix(self, from: usize, to: usize) -> Vec<f32> {
         let mut matrix = vec![0.0; from * to];
         let scale = from as f64 / to as f64;
         for (i, row) in matrix.chunks_exact_mut(from).enumerate() {

@@ -6,17 +6,18 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 use crate::{
-    Activation, Config, MlpKind, ModelInfo, NormKind, Origin, Pool, PreprocessConfig,
+    Activation, BlockKind, Config, MlpKind, ModelInfo, NormKind, Origin, Pool, PreprocessConfig, RelPosBias, Rope,
+    RopeKind,
     checkpoint::class_names::{Named, by_number},
-    checkpoint::resized::{note, replaced, square_grid, with_positions},
+    checkpoint::resized::{grid_of_biases, note, replaced, square_grid, with_positions},
     imagenet::{self, Subset, is_synset},
-    names::{self, Architecture},
+    names::{self, Architecture, Class},
     vit::pos_embed::{Resample, resample},
     weights::{Weights, candle_dtype},
 };
 
 /// Arguments that have no effect at inference.
-const TRAINING: [&str; 12] = [
+const TRAINING: [&str; 16] = [
     "drop_rate",
     "pos_drop_rate",
     "patch_drop_rate",
@@ -29,10 +30,26 @@ const TRAINING: [&str; 12] = [
     "drop_block_rate",
     "pretrained",
     "features_only",
+    "head_init_scale",
+    "rope_shift_coords",
+    "rope_jitter_coords",
+    "rope_rescale_coords",
 ];
 
 /// Parts of the names of architectures whose entry point sets the image size itself and ignores `pretrained_cfg`.
-const OWN_SIZE: [&str; 2] = ["_radio_", "beit3_giant_patch14_336"];
+const OWN_SIZE: [&str; 8] = [
+    "_radio_",
+    "beit3_giant_patch14_336",
+    "eva02_",
+    "_sapiens2",
+    "_rope_reg",
+    "beit_base_patch16_384",
+    "beit_large_patch16_384",
+    "beit_large_patch16_512",
+];
+
+/// Arguments of `Eva` that are read before the others, because the others change what they switch on.
+const FIRST: [&str; 4] = ["use_rot_pos_emb", "qkv_bias", "depth", "num_heads"];
 
 /// Whether a config.json is timm's: one without transformers' `model_type`, or of a timm model that transformers' Trainer
 /// saved.
@@ -52,7 +69,7 @@ pub(in crate::checkpoint) fn info(config: &Value) -> Result<ModelInfo, String> {
     let Some(mut architecture) = Architecture::of(name) else {
         let why = match names::nearest(name) {
             Some(near) => format!("did you mean {near}?"),
-            None => "only timm's vision_transformer.py and deit.py are".into(),
+            None => "only timm's vision_transformer.py, deit.py, eva.py and beit.py are".into(),
         };
         return Err(format!("`architecture` {name:?} is not known; {why}"));
     };
@@ -78,10 +95,22 @@ pub(in crate::checkpoint) fn info(config: &Value) -> Result<ModelInfo, String> {
             c.num_classes = size(classes, "num_classes")?;
         }
     }
-    for (key, value) in args {
+    // `use_rot_pos_emb` and the kind of attention decide what the others change
+    let (first, others): (Vec<_>, Vec<_>) = args.iter().partition(|(key, _)| FIRST.contains(&key.as_str()));
+    for (key, value) in first.into_iter().chain(others) {
         set(&mut architecture, key, value).map_err(|why| format!("`model_args.{key}` {why}"))?;
     }
-    let model = architecture.derive().config;
+    let architecture = architecture.derive();
+    if let Class::Eva(eva) = architecture.class
+        && architecture.config.fc_norm
+        && eva.post_norm == Some(true)
+    {
+        return Err("`model_args` sets a norm before and one after the pooling, which is not supported".into());
+    }
+    let mut model = architecture.config;
+    if model.kv_heads.iter().all(|heads| *heads == model.num_heads) && model.kv_heads.len() == model.depth {
+        model.kv_heads = Vec::new();
+    }
     model.validate().map_err(|error| error.to_string())?;
     let preprocess = PreprocessConfig::from_timm(config, &model).map_err(|error| error.to_string())?;
     let (labels, note) = labels(config, &model)?;
@@ -133,6 +162,11 @@ pub(in crate::checkpoint) fn loaded(
         *info = info.clone().assuming(note(from, &info.model));
         return Ok(weights);
     }
+    if let Some(from) = grid_of_biases(weights.as_ref(), model) {
+        let weights = with_positions(weights, from, model, Resample::of(info))?;
+        *info = info.clone().assuming(note(from, &info.model));
+        return Ok(weights);
+    }
     let args = config.get("model_args");
     let cfg = config.get("pretrained_cfg").unwrap_or(config);
     let is_true = |value: Option<&Value>| value.and_then(Value::as_bool) == Some(true);
@@ -160,8 +194,130 @@ pub(in crate::checkpoint) fn loaded(
     replaced(weights, &table)
 }
 
-/// Applies one argument of timm's `VisionTransformer`.
+/// Applies one argument of the architecture's class.
 fn set(architecture: &mut Architecture, key: &str, value: &Value) -> Result<(), String> {
+    match architecture.class {
+        Class::Vit => set_vit(architecture, key, value),
+        Class::Eva(_) | Class::Beit { .. } => set_eva(architecture, key, value),
+    }
+}
+
+/// Applies one argument of timm's `Eva` or `Beit`.
+fn set_eva(architecture: &mut Architecture, key: &str, value: &Value) -> Result<(), String> {
+    let Architecture { config: c, class, .. } = architecture;
+    let flag = || value.as_bool().ok_or_else(|| format!("must be true or false, found {value}"));
+    let number = || size(value, key).map_err(|_| format!("must be a whole number, found {value}"));
+    let real = || value.as_f64().ok_or_else(|| format!("must be a number, found {value}"));
+    let name = || value.as_str().ok_or_else(|| format!("must be a name, found {value}"));
+    let optional = || if value.is_null() { Ok(None) } else { flag().map(Some) };
+    // switched on without a kind, rotary positions are those of timm's default arguments
+    let rope = c.rope.unwrap_or_else(|| Rope::new(RopeKind::Axial, 10000.0));
+    let mut with_rope = |change: &mut dyn FnMut(&mut Rope)| c.rope.iter_mut().for_each(change);
+    match (key, class) {
+        ("rope_type", Class::Eva(_)) => {
+            let kind = match name()? {
+                "cat" => RopeKind::Axial,
+                "dinov3" => RopeKind::Centred,
+                "mixed" => RopeKind::Mixed,
+                other => return Err(format!("{other:?} is not supported")),
+            };
+            with_rope(&mut |rope| rope.kind = kind);
+        }
+        ("rope_temperature", Class::Eva(_)) => {
+            let temperature = real()?;
+            with_rope(&mut |rope| rope.temperature = temperature);
+        }
+        ("rope_grid_offset", Class::Eva(_)) => {
+            let offset = real()?;
+            with_rope(&mut |rope| rope.grid_offset = offset);
+        }
+        ("rope_grid_indexing", Class::Eva(_)) => {
+            let column_first = match name()? {
+                "ij" => false,
+                "xy" => true,
+                other => return Err(format!("{other:?} is not supported")),
+            };
+            with_rope(&mut |rope| rope.column_first = column_first);
+        }
+        ("rope_rotate_half", Class::Eva(_)) => {
+            let half = flag()?;
+            with_rope(&mut |rope| rope.rotate_half = half);
+        }
+        ("ref_feat_shape", Class::Eva(_)) => {
+            let grid = if value.is_null() { None } else { Some(pair(value)?) };
+            with_rope(&mut |rope| rope.ref_grid = grid);
+        }
+        ("use_rot_pos_emb", Class::Eva(_)) => c.rope = flag()?.then_some(rope),
+        ("use_abs_pos_emb", _) => c.pos_embed = flag()?,
+        ("use_fc_norm", _) => architecture.fc_norm = optional()?,
+        ("use_post_transformer_norm", Class::Eva(eva)) => eva.post_norm = optional()?,
+        ("use_pre_transformer_norm", Class::Eva(_)) => c.pre_norm = flag()?,
+        ("use_post_norm", Class::Eva(_)) => c.block = if flag()? { BlockKind::ResPost } else { BlockKind::Standard },
+        ("swiglu_mlp", Class::Eva(eva)) => eva.swiglu = flag()?,
+        ("swiglu_mlp", Class::Beit { swiglu }) => *swiglu = flag()?,
+        ("swiglu_align_to", Class::Eva(eva)) => eva.align = number()?.min(1 << 20),
+        ("scale_mlp", _) => c.scale_mlp_norm = flag()?,
+        ("scale_attn_inner", Class::Eva(_)) => c.scale_attn_norm = flag()?,
+        ("num_reg_tokens", Class::Eva(_)) => c.reg_tokens = number()?,
+        ("attn_type", Class::Eva(_)) => {
+            c.no_k_bias = match name()? {
+                "eva" => c.qkv_bias,
+                "rope" => false,
+                other => return Err(format!("{other:?} is not supported")),
+            }
+        }
+        ("qkv_fused", Class::Eva(_)) => c.split_qkv = !flag()?,
+        ("qkv_bias", _) => {
+            // EvaAttention and BEiT's attention have no bias of k; AttentionRope, which has one, is a class that the name brings
+            let attention_rope = c.qkv_bias && !c.no_k_bias;
+            c.qkv_bias = flag()?;
+            c.no_k_bias = c.qkv_bias && !attention_rope;
+        }
+        ("num_kv_heads", Class::Eva(_)) => {
+            c.kv_heads = match value {
+                Value::Null => Vec::new(),
+                Value::Number(_) => vec![number()?; c.depth.min(1024)],
+                _ => sizes(value, key)?,
+            }
+        }
+        ("attn_only_layer_scale", Class::Eva(_)) => c.attn_only_scale = flag()?,
+        ("attn_pool_num_heads", Class::Eva(eva)) => {
+            let ratio = eva.pool.map_or(architecture.mlp_ratio, |(_, ratio)| ratio);
+            eva.pool = if value.is_null() { None } else { Some((number()?, ratio)) };
+        }
+        ("attn_pool_mlp_ratio", Class::Eva(eva)) => {
+            let heads = eva.pool.map_or(c.num_heads, |(heads, _)| heads);
+            eva.pool = if value.is_null() { None } else { Some((heads, real()?)) };
+        }
+        ("use_rel_pos_bias", Class::Beit { .. }) => {
+            c.rel_pos_bias = match (flag()?, c.rel_pos_bias) {
+                (true, _) => RelPosBias::Blocks,
+                (false, RelPosBias::Blocks) => RelPosBias::None,
+                (false, other) => other,
+            }
+        }
+        ("use_shared_rel_pos_bias", Class::Beit { .. }) => {
+            c.rel_pos_bias = match (flag()?, c.rel_pos_bias) {
+                (true, _) => RelPosBias::Shared,
+                (false, RelPosBias::Shared) => RelPosBias::None,
+                (false, other) => other,
+            }
+        }
+        // the same in every class
+        (
+            "img_size" | "patch_size" | "in_chans" | "num_classes" | "embed_dim" | "depth" | "num_heads" | "mlp_ratio"
+            | "global_pool" | "qk_norm" | "class_token" | "no_embed_class" | "init_values" | "norm_layer"
+            | "dynamic_img_size" | "dynamic_img_pad",
+            _,
+        ) => return set_vit(architecture, key, value),
+        _ if TRAINING.contains(&key) || value.is_null() => {}
+        _ => return Err(format!("is not known (value {value})")),
+    }
+    Ok(())
+}
+
+/// Applies one argument of timm's `VisionTransformer`.
+fn set_vit(architecture: &mut Architecture, key: &str, value: &Value) -> Result<(), String> {
     let c = &mut architecture.config;
     let flag = || value.as_bool().ok_or_else(|| format!("must be true or false, found {value}"));
     let number = || size(value, key).map_err(|_| format!("must be a whole number, found {value}"));

@@ -17,6 +17,8 @@ pub(super) struct Naming {
     pub qkv: [&'static str; 3],
     /// What else is in a block, except for the first layer of the MLP.
     pub block: [(&'static str, &'static str); 3],
+    /// The scales of a block, which have no bias.
+    pub scales: [(&'static str, &'static str); 2],
     /// The two layers of the MLP.
     mlp: [&'static str; 2],
     /// The two layers of a gated MLP.
@@ -40,6 +42,7 @@ pub(super) const VIT: Naming = Naming {
     block: [("norm1", "layernorm_before"), ("attn.proj", "attention.output.dense"), ("norm2", "layernorm_after")],
     mlp: ["intermediate.dense", "output.dense"],
     gated: ["intermediate.dense", "output.dense"],
+    scales: [("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1")],
 };
 
 /// DINOv2, with and without registers.
@@ -60,11 +63,26 @@ pub(super) const TOWER: Naming = Naming {
     block: [("norm1", "layer_norm1"), ("attn.proj", "self_attn.out_proj"), ("norm2", "layer_norm2")],
     mlp: ["mlp.fc1", "mlp.fc2"],
     gated: ["mlp.fc1", "mlp.fc2"],
+    ..VIT
 };
 
-/// The scales of a block, which have no bias.
-pub(super) const SCALES: [(&str, &str); 2] =
-    [("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1")];
+/// DINOv3. Its gated MLP has a layer for the gate, which is named beside these two.
+pub(super) const DINOV3: Naming = Naming {
+    patch: "embeddings.patch_embeddings",
+    norm: "norm",
+    layers: "layer",
+    qkv: ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+    block: [("norm1", "norm1"), ("attn.proj", "attention.o_proj"), ("norm2", "norm2")],
+    mlp: ["mlp.up_proj", "mlp.down_proj"],
+    gated: ["mlp.up_proj", "mlp.down_proj"],
+    ..VIT
+};
+
+/// DINOv3's encoder as the newer versions of transformers name it.
+pub(super) const DINOV3_MODEL: Naming = Naming { layers: "model.layer", ..DINOV3 };
+
+/// BEiT and data2vec-vision.
+pub(super) const BEIT: Naming = Naming { scales: [("ls1.gamma", "lambda_1"), ("ls2.gamma", "lambda_2")], ..VIT };
 
 /// SigLIP's attention pooling, whose queries, keys and values are one linear layer of theirs.
 pub(super) const POOL: [(&str, &str); 4] = [

@@ -1,7 +1,7 @@
 //! Reads transformers' config.json as a [`ModelInfo`], and maps its tensor names to timm's.
 //!
-//! Supports ViT, ViT-MAE, ViT-MSN, I-JEPA, DeiT, DINOv2 (with and without registers), and the vision towers of CLIP and
-//! SigLIP. Every tensor in the file must belong to the model, except for those that do not affect a Vision Transformer's
+//! Supports ViT, ViT-MAE, ViT-MSN, I-JEPA, DeiT, DINOv2 (with and without registers), DINOv3, BEiT, data2vec-vision, and the
+//! vision towers of CLIP and SigLIP. Every tensor in the file must belong to the model, except for those that do not affect a Vision Transformer's
 //! output ([`HARMLESS`]).
 
 use std::{
@@ -12,11 +12,11 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    Activation, Config, Error, MlpKind, ModelInfo, Origin, Pool, PreLogits, PreprocessConfig, ProblemType, Result,
-    TensorProblem,
+    Activation, Config, Error, MlpKind, ModelInfo, Origin, Pool, PreLogits, PreprocessConfig, ProblemType, RelPosBias,
+    Result, Rope, RopeKind, TensorProblem,
     checkpoint::class_names as labels,
     checkpoint::timm::{pair, size},
-    checkpoint::transformers::names::{DINOV2, Naming, POOL, SCALES, TOWER, VIT},
+    checkpoint::transformers::names::{BEIT, DINOV2, DINOV3, DINOV3_MODEL, Naming, POOL, TOWER, VIT},
     checkpoint::views::{Part, Views},
     weights::{TensorInfo, Weights},
 };
@@ -33,6 +33,9 @@ const HARMLESS: [&str; 8] = [
     "embeddings.mask_token",
     "embeddings.position_ids",
 ];
+
+/// The end of the names of a buffer that may be left over, because it follows from the size of the image.
+const INDEX: &str = "relative_position_index";
 
 /// Which tensors of the file each of timm's tensors is made of.
 #[derive(Debug, Default)]
@@ -51,6 +54,8 @@ pub(in crate::checkpoint) struct Names {
 enum Family {
     Vit,
     Dinov2,
+    Dinov3,
+    Beit,
     Clip,
     Siglip,
 }
@@ -60,6 +65,8 @@ impl Family {
         match self {
             Self::Vit => &VIT,
             Self::Dinov2 => &DINOV2,
+            Self::Dinov3 => &DINOV3,
+            Self::Beit => &BEIT,
             Self::Clip | Self::Siglip => &TOWER,
         }
     }
@@ -79,14 +86,19 @@ pub(in crate::checkpoint) fn info(
     let family = match model_type {
         "vit" | "vit_mae" | "vit_msn" | "ijepa" | "deit" => Family::Vit,
         "dinov2" | "dinov2_with_registers" => Family::Dinov2,
+        "dinov3_vit" => Family::Dinov3,
+        "beit" | "data2vec-vision" => Family::Beit,
         "clip" | "clip_vision_model" => Family::Clip,
         "siglip" | "siglip_vision_model" => Family::Siglip,
         other => {
             let why = match other {
-                "beit" | "data2vec-vision" => "it has relative position biases, which are not supported",
-                "dinov3_vit" | "eva" | "eva02" => "it has rotary positions, which are not supported",
+                "siglip2" | "siglip2_vision_model" => {
+                    "images of any size in one batch (NaFlex) are not supported; SigLIP 2 of a fixed resolution is"
+                }
                 "swin" | "swinv2" | "pvt" | "mobilevit" | "levit" | "cvt" => "it is not a plain Vision Transformer",
-                _ => "vit, vit_mae, vit_msn, ijepa, deit, dinov2, dinov2_with_registers, clip and siglip are read",
+                _ => {
+                    "vit, vit_mae, vit_msn, ijepa, deit, dinov2, dinov2_with_registers, dinov3_vit, beit, data2vec-vision, clip and siglip are read"
+                }
             };
             return Err(Error::unsupported(format!("`model_type` {other:?}: {why}")));
         }
@@ -97,10 +109,12 @@ pub(in crate::checkpoint) fn info(
         None => config,
     };
     let get = Getter(own);
-    let dim = get.number("hidden_size", 768)?;
+    let dino3 = family == Family::Dinov3;
+    let dim = get.number("hidden_size", if dino3 { 384 } else { 768 })?;
     let depth = get.number("num_hidden_layers", 12)?;
     let (eps, act, patch) = match family {
-        Family::Vit => (1e-12, "gelu", 16),
+        Family::Vit | Family::Beit => (1e-12, "gelu", 16),
+        Family::Dinov3 => (1e-5, "gelu", 16),
         Family::Dinov2 => (1e-6, "gelu", if model_type == "dinov2" { 14 } else { 16 }),
         Family::Clip => (1e-5, "quick_gelu", 32),
         Family::Siglip => (1e-6, "gelu_pytorch_tanh", 16),
@@ -112,16 +126,17 @@ pub(in crate::checkpoint) fn info(
             // like transformers: two thirds, rounded up to a multiple of 8, and twice that for gate and value
             if swiglu { (hidden.saturating_mul(2) / 3).div_ceil(8).saturating_mul(16) } else { hidden }
         }
-        _ => get.number("intermediate_size", 3072)?,
+        _ => get.number("intermediate_size", if dino3 { 1536 } else { 3072 })?,
     };
     let registers = match model_type {
         "dinov2_with_registers" => get.number("num_register_tokens", 4)?,
+        "dinov3_vit" => get.number("num_register_tokens", 0)?,
         _ => 0,
     };
     let teacher = architecture == "DeiTForImageClassificationWithTeacher";
     let (img_size, patch_size) =
         (get.pair("image_size", if model_type == "dinov2" { 518 } else { 224 })?, get.pair("patch_size", patch)?);
-    let num_heads = get.number("num_attention_heads", 12)?;
+    let num_heads = get.number("num_attention_heads", if dino3 { 6 } else { 12 })?;
     let mut model = Config {
         in_chans: get.number("num_channels", 3)?,
         num_classes: 0,
@@ -137,7 +152,7 @@ pub(in crate::checkpoint) fn info(
         reg_tokens: registers.saturating_add(usize::from(model_type == "deit" && !teacher)),
         // transformers' position embeddings include the class token but not the registers; in timm they include neither, so
         // the class token's position is added to the class token
-        no_embed_class: registers > 0,
+        no_embed_class: registers > 0 && !dino3,
         pre_norm: family == Family::Clip,
         layer_scale: family == Family::Dinov2,
         global_pool: match model_type {
@@ -147,6 +162,11 @@ pub(in crate::checkpoint) fn info(
         },
         ..Config::vit(img_size, patch_size, dim, depth, num_heads)
     };
+    match family {
+        Family::Dinov3 => dinov3(&get, &mut model)?,
+        Family::Beit => beit(&get, &mut model)?,
+        _ => {}
+    }
     match architecture {
         "Dinov2ForImageClassification" | "Dinov2WithRegistersForImageClassification" => {
             model.global_pool = Pool::TokenAvg;
@@ -191,6 +211,56 @@ pub(in crate::checkpoint) fn info(
         }
     }
     Ok((info, names))
+}
+
+/// The switches of DINOv3.
+fn dinov3(get: &Getter<'_>, model: &mut Config) -> Result<()> {
+    let [query, key, value, proj, mlp] =
+        [("query_bias", true), ("key_bias", false), ("value_bias", true), ("proj_bias", true), ("mlp_bias", true)]
+            .map(|(name, default)| get.flag(name, default));
+    let (query, key, value, proj, mlp) = (query?, key?, value?, proj?, mlp?);
+    if query != value || (key && !query) || proj != mlp {
+        return Err(Error::unsupported(
+            "`query_bias` and `value_bias` must be equal, `key_bias` not without them, `proj_bias` and `mlp_bias` equal",
+        ));
+    }
+    (model.qkv_bias, model.no_k_bias, model.proj_bias) = (query, query && !key, proj);
+    if get.flag("use_gated_mlp", false)? {
+        model.mlp = MlpKind::Swiglu;
+    }
+    (model.pos_embed, model.layer_scale) = (false, true);
+    let rope = Rope::new(RopeKind::Centred, get.real("rope_theta", 100.0)?);
+    model.rope = Some(Rope { rotate_half: true, ..rope });
+    Ok(())
+}
+
+/// The switches of BEiT and data2vec-vision.
+fn beit(get: &Getter<'_>, model: &mut Config) -> Result<()> {
+    let (own, shared) =
+        (get.flag("use_relative_position_bias", false)?, get.flag("use_shared_relative_position_bias", false)?);
+    model.rel_pos_bias = match (own, shared) {
+        (false, false) => RelPosBias::None,
+        (true, false) => RelPosBias::Blocks,
+        (false, true) => RelPosBias::Shared,
+        (true, true) => {
+            return Err(Error::unsupported("relative position biases of each block and shared ones at once"));
+        }
+    };
+    // transformers reads the table's sides in the wrong order, which shows in tables that are not square
+    let [rows, columns] = model.grid();
+    if model.rel_pos_bias != RelPosBias::None && rows != columns {
+        return Err(Error::unsupported(format!(
+            "relative position biases for {rows}×{columns} patches, only for as many rows as columns"
+        )));
+    }
+    model.no_k_bias = true;
+    model.pos_embed = get.flag("use_absolute_position_embeddings", false)?;
+    model.layer_scale =
+        get.get("layer_scale_init_value").is_none_or(|value| value.as_f64().is_some_and(|value| value > 0.0));
+    if get.flag("use_mean_pooling", true)? {
+        (model.global_pool, model.fc_norm) = (Pool::Avg, true);
+    }
+    Ok(())
 }
 
 /// What the logits mean.
@@ -259,7 +329,7 @@ impl Names {
         tensors: &BTreeMap<String, TensorInfo>,
         model: &mut Config,
     ) -> Result<Self, String> {
-        let naming = family.naming();
+        let mut naming = family.naming();
         let end = format!("{}.weight", naming.patch);
         let mut prefixes = tensors.keys().filter_map(|name| name.strip_suffix(&end));
         let prefix = match (prefixes.next(), prefixes.next()) {
@@ -273,9 +343,13 @@ impl Names {
         let rows = |name: &str| tensors.get(name).and_then(|info| info.shape.first().copied()).unwrap_or(0);
         let has = |name: &str| tensors.contains_key(name);
 
+        let newer = format!("{}{}.0.norm1.weight", names.prefix, DINOV3_MODEL.layers);
+        if family == Family::Dinov3 && has(&newer) {
+            naming = &DINOV3_MODEL;
+        }
         names.linear("patch_embed.proj", naming.patch, model.patch_bias);
         match family {
-            Family::Vit | Family::Dinov2 => names.embeddings(model, model_type),
+            Family::Vit | Family::Dinov2 | Family::Dinov3 | Family::Beit => names.embeddings(model, model_type),
             Family::Clip | Family::Siglip => {
                 if family == Family::Clip {
                     names.take("cls_token", "embeddings.class_embedding");
@@ -287,7 +361,13 @@ impl Names {
         for i in 0..model.depth {
             names.block(naming, i, model);
         }
-        if model.final_norm {
+        if model.rel_pos_bias == RelPosBias::Shared {
+            let table = "relative_position_bias.relative_position_bias_table";
+            names.take("rel_pos_bias.relative_position_bias_table", &format!("encoder.{table}"));
+        }
+        if model.final_norm && model.fc_norm {
+            names.linear("fc_norm", "pooler.layernorm", true);
+        } else if model.final_norm {
             names.linear("norm", naming.norm, true);
         } else {
             names.ignored.push(format!("{}{}.", names.prefix, naming.norm));
@@ -363,6 +443,12 @@ impl Names {
             let ours = if model.dist_token { "dist_token" } else { "reg_token" };
             self.take(ours, "embeddings.distillation_token");
         }
+        if model.rope.is_some() && model.reg_tokens > 0 {
+            self.take("reg_token", "embeddings.register_tokens");
+        }
+        if !model.pos_embed {
+            return;
+        }
         if model.no_embed_class {
             self.take("reg_token", "embeddings.register_tokens");
             let patches = model.num_patches();
@@ -377,15 +463,30 @@ impl Names {
 
     fn block(&mut self, naming: &Naming, i: usize, model: &Config) {
         let (ours, layer) = (format!("blocks.{i}"), format!("{}.{i}", naming.layers));
-        for end in if model.qkv_bias { &["weight", "bias"][..] } else { &["weight"] } {
+        let joint = model.qkv_bias && !model.no_k_bias;
+        for end in if joint { &["weight", "bias"][..] } else { &["weight"] } {
             let parts = naming.qkv.iter().map(|part| Part::All(self.their(&format!("{layer}.{part}.{end}")))).collect();
             self.recipes.insert(format!("{ours}.attn.qkv.{end}"), parts);
         }
-        let [fc1, fc2] = naming.mlp(model.mlp);
-        for (name, theirs) in naming.block.into_iter().chain([("mlp.fc1", fc1), ("mlp.fc2", fc2)]) {
-            self.linear(&format!("{ours}.{name}"), &format!("{layer}.{theirs}"), true);
+        if model.qkv_bias && model.no_k_bias {
+            let [q, _, v] = naming.qkv;
+            self.take(&format!("{ours}.attn.q_bias"), &format!("{layer}.{q}.bias"));
+            self.take(&format!("{ours}.attn.v_bias"), &format!("{layer}.{v}.bias"));
         }
-        for (name, theirs) in SCALES.into_iter().filter(|_| model.layer_scale) {
+        if model.rel_pos_bias == RelPosBias::Blocks {
+            let table = "attention.attention.relative_position_bias.relative_position_bias_table";
+            self.take(&format!("{ours}.attn.relative_position_bias_table"), &format!("{layer}.{table}"));
+        }
+        let [fc1, fc2] = naming.mlp(model.mlp);
+        let value = if model.mlp == MlpKind::Swiglu { "mlp.fc1_x" } else { "mlp.fc1" };
+        for (name, theirs) in naming.block.into_iter().chain([(value, fc1), ("mlp.fc2", fc2)]) {
+            let bias = model.proj_bias || name.starts_with("norm");
+            self.linear(&format!("{ours}.{name}"), &format!("{layer}.{theirs}"), bias);
+        }
+        if model.mlp == MlpKind::Swiglu {
+            self.linear(&format!("{ours}.mlp.fc1_g"), &format!("{layer}.mlp.gate_proj"), model.proj_bias);
+        }
+        for (name, theirs) in naming.scales.into_iter().filter(|_| model.layer_scale) {
             self.take(&format!("{ours}.{name}"), &format!("{layer}.{theirs}"));
         }
     }
@@ -460,7 +561,8 @@ impl Names {
         }
         let harmless = |name: &str| {
             let bare = name.strip_prefix(self.prefix.as_str()).unwrap_or(name);
-            HARMLESS.iter().any(|start| name.starts_with(start) || bare.starts_with(start))
+            bare.ends_with(INDEX)
+                || HARMLESS.iter().any(|start| name.starts_with(start) || bare.starts_with(start))
                 || self.ignored.iter().any(|start| name.starts_with(start.as_str()))
         };
         if let Some(name) = found.keys().find(|name| !used.contains(name.as_str()) && !harmless(name)) {

@@ -14,7 +14,7 @@ use crate::{
 };
 use serde_json::{Map, Value, json};
 
-use super::names::{DINOV2, Naming, POOL, SCALES, TOWER, VIT};
+use super::names::{DINOV2, Naming, POOL, TOWER, VIT};
 use crate::checkpoint::views::{Part, Views};
 use crate::checkpoint::written::Folder;
 
@@ -281,7 +281,7 @@ impl Writer<'_> {
             self.pair(&format!("{layer}.{fc1}"), &format!("{ours}.mlp.fc1"))?;
         }
         if c.layer_scale {
-            for (name, theirs) in SCALES {
+            for (name, theirs) in naming.scales {
                 self.take(&format!("{layer}.{theirs}"), &format!("{ours}.{name}"))?;
             }
         }
