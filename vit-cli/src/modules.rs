@@ -77,13 +77,12 @@ pub fn of(config: &Config) -> Result<Module> {
 
 /// Adds a layer at the path of its name.
 fn place(model: &mut Module, layer: Layer) {
-    let owner = match layer.kind {
-        // such a parameter belongs to the enclosing module
-        LayerKind::Parameter => layer.name.rsplit_once('.').map_or("", |(owner, _)| owner),
-        _ => &layer.name,
-    };
+    // such a parameter belongs to the enclosing module; so do BEiT's factors per channel
+    let bare = layer.kind == LayerKind::Parameter || layer.parameters.iter().any(|p| p.name == layer.name);
+    let owner = if bare { layer.name.rsplit_once('.').map_or("", |(owner, _)| owner) } else { &layer.name };
     let module = owner.split('.').filter(|name| !name.is_empty()).fold(model, Module::child);
     module.kind = match layer.kind {
+        _ if bare => module.kind,
         LayerKind::Linear => "Linear",
         LayerKind::Conv2d => "Conv2d",
         LayerKind::LayerNorm => "LayerNorm",

@@ -164,8 +164,11 @@ fn assign(found: &[String], names: &[String], named: bool) -> anyhow::Result<Ass
         }
     }
     let label = |name: &String| {
-        let exact = || names.iter().position(|label| label == name).filter(|_| named);
-        by_label.get(&plain(name)).copied().flatten().or_else(exact)
+        let mut exact = names.iter().enumerate().filter(|(_, label)| named && *label == name).map(|(class, _)| class);
+        by_label.get(&plain(name)).copied().flatten().or(match (exact.next(), exact.next()) {
+            (class, None) => class,
+            _ => None,
+        })
     };
     let number = |name: &String| name.parse::<usize>().ok().filter(|&class| class < names.len());
     let all = |class: &dyn Fn(&String) -> Option<usize>| -> Option<BTreeMap<String, usize>> {
@@ -217,6 +220,8 @@ mod tests {
         let error = of(&["cat", "horse"], &["cat", "dog"], true).unwrap_err().to_string();
         assert!(error.starts_with("horse: not among the 2 classes"), "{error}");
         assert!(of(&["cat"], &["0", "1"], false).is_err());
+        // names that differ in their case alone are told apart by it
+        assert_eq!(of(&["Polish", "polish"], &["polish", "Polish"], true).unwrap(), (vec![1, 0], false));
         // a name that two classes share says nothing
         assert!(of(&["crane"], &["crane", "crane", "dog"], true).is_err());
     }
