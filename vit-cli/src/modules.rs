@@ -124,6 +124,8 @@ impl Tree<'_> {
                     child.children.push(Module::new("act", "Tanh", &child.output));
                 }
                 "fc_norm" | "head" | "head_dist" => child.output = self.pooled(width_of(child)),
+                "rope" => (child.kind, child.output) = ("RotaryEmbeddingMixed", all.to_vec()),
+                "rel_pos_bias" => (child.kind, child.output) = ("RelativePositionBias", all.to_vec()),
                 _ => child.output = all.to_vec(),
             }
         }

@@ -2,6 +2,7 @@
 
 mod evaluator;
 mod mutation;
+mod operators;
 
 use std::path::PathBuf;
 

@@ -250,9 +250,6 @@ impl Walk<'_> {
 
     pub(super) fn unary(&mut self, call: &Call<'_>) -> Rule<Value> {
         let op = call.node.op.as_str();
-        if let Value::Const(c) = call.get(0) {
-            return fold::unary(op, &c.array).map(Value::from);
-        }
         let v = call.get(0).view("the operand")?.clone();
         need!(*self.x.op(v.e) != Op::Raw, "integer arithmetic on the pixels");
         let e = match op {

@@ -1,5 +1,7 @@
 //! Constants in, constants out: the integers that exporters compute shapes with, and small float constants.
 
+use candle_core::cpu::erf::erf_f64;
+
 use super::call::Call;
 use super::value::{Rule, Value, axis_in, need};
 use super::walk::Walk;
@@ -21,7 +23,7 @@ pub(super) fn broadcast_shape(a: &[usize], b: &[usize]) -> Rule<Vec<usize>> {
         .collect()
 }
 
-fn small(n: usize) -> Rule<()> {
+pub(super) fn small(n: usize) -> Rule<()> {
     need!(n <= FOLD_LIMIT, "a constant of {n} elements would have to be computed, at most {FOLD_LIMIT} are");
     Ok(())
 }
@@ -185,6 +187,14 @@ pub(super) fn unary(op: &str, a: &Array) -> Rule<Array> {
         "Round" => f64::round_ties_even,
         "Sin" => f64::sin,
         "Cos" => f64::cos,
+        "Tan" => f64::tan,
+        "Asin" => f64::asin,
+        "Acos" => f64::acos,
+        "Atan" => f64::atan,
+        "Sinh" => f64::sinh,
+        "Cosh" => f64::cosh,
+        "Softplus" => |v| v.exp().ln_1p(),
+        "Erf" => erf_f64,
         "Tanh" => f64::tanh,
         "Sigmoid" => |v| 1.0 / (1.0 + (-v).exp()),
         "Relu" => |v| v.max(0.0),
@@ -348,11 +358,19 @@ impl Walk<'_> {
                     Array::ints(x.dtype, &shape, &v)
                 }
             }
-            "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceMean" | "ReduceSumSquare" | "ReduceL2" => {
-                reduce(call, op, a(0)?)?
+            "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceMean" | "ReduceSumSquare" | "ReduceL1"
+            | "ReduceL2" => reduce(call, op, a(0)?)?,
+            "Mean" => {
+                let mut sum = a(0)?.clone();
+                for k in 1..call.inputs.len() {
+                    sum = binary("Add", &sum, a(k)?)?;
+                }
+                let n = call.inputs.len() as f64;
+                map(&sum, sum.dtype, |v| v, |v| v / n)?
             }
-            "GatherND" | "ScatterND" | "NonZero" | "CumSum" | "OneHot" | "GatherElements" => {
-                return Err(format!("{op} of constants is not needed by any ViT exporter known here"));
+            "GatherND" | "GatherElements" | "ScatterND" | "ScatterElements" | "NonZero" | "CumSum" | "OneHot"
+            | "EyeLike" => {
+                return self.fold_index(call).map(|v| vec![v]);
             }
             other => unary(other, a(0)?)?,
         };
@@ -391,6 +409,7 @@ fn reduce(call: &Call<'_>, op: &str, x: &Array) -> Rule<Array> {
                 "ReduceMax" => c.iter().copied().fold(f64::NEG_INFINITY, f64::max),
                 "ReduceMin" => c.iter().copied().fold(f64::INFINITY, f64::min),
                 "ReduceMean" => c.iter().sum::<f64>() / run as f64,
+                "ReduceL1" => c.iter().map(|v| v.abs()).sum(),
                 "ReduceL2" => c.iter().map(|v| v * v).sum::<f64>().sqrt(),
                 _ => c.iter().map(|v| v * v).sum(),
             })

@@ -5,6 +5,7 @@ use super::value::{Rule, Value, View, axis_in, need};
 use super::walk::Walk;
 use crate::import::array::Array;
 use crate::import::axes::{self, BROADCAST, Digit, Dim};
+use crate::import::expr::Op;
 
 impl Walk<'_> {
     /// Values one behind the other.
@@ -113,6 +114,9 @@ impl Walk<'_> {
     fn join_channels(&mut self, views: &[&View], count: usize, axis: usize) -> Rule<Value> {
         let &[first, ..] = views else { return Err("nothing to join".into()) };
         need!(views.len() == count, "a constant is joined to channels");
+        if let Some(joined) = self.join_vectors(views, axis)? {
+            return Ok(joined.into());
+        }
         let mut positions = 0;
         let mut stride = None;
         for v in views {
@@ -133,5 +137,29 @@ impl Walk<'_> {
         let mut dims = first.dims.clone();
         dims[axis] = axes::strided(2, stride.unwrap_or(1), positions);
         Ok(View { e, dims, sel: first.sel }.into())
+    }
+
+    /// Vectors for each image that different modules made, such as a class token and a mean of tokens.
+    fn join_vectors(&mut self, views: &[&View], axis: usize) -> Rule<Option<View>> {
+        let mut ids = Vec::with_capacity(views.len());
+        let mut whole = 0usize;
+        for v in views {
+            let tokens = v.sel.map_or(self.x.shape(v.e).get(1).copied(), |sel| Some(sel.1));
+            let &[_, _, channels] = self.x.shape(v.e) else { return Ok(None) };
+            if tokens != Some(1) || v.dims[axis] != axes::axis(2, channels) {
+                return Ok(None);
+            }
+            ids.push(self.settle(v)?.e);
+            whole = whole.checked_add(channels).ok_or("channels")?;
+        }
+        let (Some(first), Some(&id)) = (views.first(), ids.first()) else { return Ok(None) };
+        let others = |v: &View| (0..v.rank()).all(|k| k == axis || v.dims[k] == first.dims[k]);
+        if !views.iter().all(|v| others(v)) || self.x.beside(&ids).is_some() {
+            return Ok(None);
+        }
+        let batch = self.x.shape(id)[0];
+        let mut dims = first.dims.clone();
+        dims[axis] = axes::axis(2, whole);
+        Ok(Some(View { e: self.x.make(Op::Beside, ids, vec![batch, 1, whole]), dims, sel: None }))
     }
 }

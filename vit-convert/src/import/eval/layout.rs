@@ -2,9 +2,9 @@
 
 use super::call::Call;
 use super::fold;
+use super::index;
 use super::value::{Const, Rule, Value, axis_in, need};
 use super::walk::Walk;
-use crate::import::array::Array;
 use crate::import::axes::{self, Dim};
 
 impl Walk<'_> {
@@ -136,20 +136,12 @@ impl Walk<'_> {
         let repeats = call.get(1).ints("the repeats")?;
         let from = call.get(0).shape()?;
         need!(repeats.len() == from.len(), "Tile of rank {} by {} numbers", from.len(), repeats.len());
-        if let Value::Const(c) = call.get(0)
-            && !c.array.dtype.is_float()
-        {
-            // some exporters tile shapes
-            let mut array = c.array.clone();
-            for (k, &n) in repeats.iter().enumerate() {
-                need!((0..=1024).contains(&n), "Tile by {n}");
-                let parts = vec![array.clone(); n as usize];
-                array = if n == 1 { array } else { Array::concat(&parts, k)? };
-            }
-            return Ok(array.into());
-        }
         let fits = repeats.iter().zip(&from).all(|(&r, &n)| r == 1 || (r > 0 && n == 1));
-        need!(fits, "Tile of {from:?} by {repeats:?}");
+        if let (false, Value::Const(c)) = (fits, call.get(0)) {
+            let repeats = repeats.iter().map(|&n| usize::try_from(n).map_err(|_| format!("Tile by {n}")));
+            return Ok(index::tiled(&c.array, &repeats.collect::<Rule<Vec<_>>>()?)?.into());
+        }
+        need!(fits, "an activation is repeated (Tile of {from:?} by {repeats:?})");
         let target: Vec<usize> =
             repeats.iter().zip(&from).map(|(&r, &n)| if r == 1 { n } else { r as usize }).collect();
         self.broadcast(call.get(0), &target)
@@ -159,41 +151,6 @@ impl Walk<'_> {
     pub(super) fn padding(&mut self, call: &Call<'_>) -> Rule<Value> {
         let pads = call.list("pads", 1)?.ok_or("the pads are missing")?;
         need!(pads.iter().all(|&p| p == 0), "padding by {pads:?}");
-        Ok(call.get(0).clone())
-    }
-
-    /// A resize to the same size, if it leaves every pixel in its place.
-    pub(super) fn resize(&mut self, call: &Call<'_>) -> Rule<Value> {
-        let from = call.get(0).shape()?;
-        let given = |k: usize| -> Rule<Option<Vec<f64>>> {
-            if !call.has(k) {
-                return Ok(None);
-            }
-            let a = call.get(k).array("the size")?;
-            need!(a.len() <= 16, "Resize with {} sizes", a.len());
-            Ok((!a.is_empty()).then(|| a.f64s()))
-        };
-        let axes = match call.ints("axes")? {
-            Some(list) => list.into_iter().map(|a| axis_in(a, from.len())).collect::<Rule<Vec<_>>>()?,
-            None => (0..from.len()).collect(),
-        };
-        let mode = call.text("coordinate_transformation_mode", "half_pixel")?;
-        need!(mode != "tf_crop_and_resize", "a resize that crops");
-        let last = if call.inputs.len() == 2 { 1 } else { 2 };
-        match (given(last)?, given(3)?) {
-            (_, Some(sizes)) => {
-                let same = sizes.len() == axes.len() && axes.iter().zip(&sizes).all(|(&a, &s)| from[a] as f64 == s);
-                need!(
-                    same,
-                    "a resize of {from:?} to {sizes:?}: fix the image size when exporting, or convert at the size of the position table"
-                );
-            }
-            (Some(scales), None) => {
-                let same = scales.len() == axes.len() && scales.iter().all(|s| (s - 1.0).abs() < 1e-6);
-                need!(same, "a resize of {from:?} by {scales:?}");
-            }
-            (None, None) => return Err("a resize without a size".into()),
-        }
         Ok(call.get(0).clone())
     }
 }

@@ -14,8 +14,9 @@ impl Walk<'_> {
         let (s, t) = (a.shape()?, b.shape()?);
         let (n, m) = (s.len(), t.len());
         need!(n >= 1 && m >= 1, "a product with a scalar");
+        // tokens times a weight: a projection of a learned query
         if let (Value::Const(x), Value::Const(y)) = (a, b)
-            && !(n == 3 && x.array.dtype.is_float())
+            && !(n == 3 && m == 2 && x.array.dtype.is_float())
         {
             return constant_product(&x.array, &y.array).map(Value::from);
         }
@@ -97,6 +98,9 @@ impl Walk<'_> {
             let twice = (0..letters.len()).any(|k| letters[..k].contains(&letters[k]));
             need!(!twice && letters.len() == v.shape()?.len(), "Einsum `{equation}`");
         }
+        if let (Value::Const(a), Value::Const(b)) = (call.get(0), call.get(1)) {
+            return constant_einsum(&a.array, &b.array, &la, &lb, &out).map(Value::from);
+        }
         let batch: Vec<char> = la.iter().copied().filter(|c| lb.contains(c) && out.contains(c)).collect();
         let sum: Vec<char> = la.iter().copied().filter(|c| lb.contains(c) && !out.contains(c)).collect();
         let free = |x: &[char], y: &[char]| -> Vec<char> { x.iter().copied().filter(|c| !y.contains(c)).collect() };
@@ -121,28 +125,88 @@ impl Walk<'_> {
     }
 }
 
-/// The product of two small matrices.
+/// Products that folding one operator may take.
+const WORK_LIMIT: usize = 1 << 26;
+
+/// The product of two constants, by NumPy's rules for more than two dimensions, and for one.
 fn constant_product(a: &Array, b: &Array) -> Rule<Array> {
+    let misfit = || format!("a product of constants of shapes {:?} and {:?}", a.shape(), b.shape());
+    need!(a.dtype.is_float() && a.dtype == b.dtype, "{} of other types than floats", misfit());
+    let (vector_a, vector_b) = (a.rank() == 1, b.rank() == 1);
+    let wide = |x: &Array, vector: bool, shape: [usize; 2]| if vector { x.reshape(&shape) } else { Some(x.clone()) };
+    let left = wide(a, vector_a, [1, a.len()]).ok_or_else(misfit)?;
+    let right = wide(b, vector_b, [b.len(), 1]).ok_or_else(misfit)?;
+    let (s, t) = (left.shape(), right.shape());
+    let (outer_a, outer_b) = (&s[..s.len() - 2], &t[..t.len() - 2]);
+    let (n, k, m) = (s[s.len() - 2], s[s.len() - 1], t[t.len() - 1]);
+    need!(k == t[t.len() - 2], "{}", misfit());
+    let outer = fold::broadcast_shape(outer_a, outer_b)?;
+    let count = outer.iter().try_fold(1usize, |n, &m| n.checked_mul(m)).unwrap_or(usize::MAX);
     need!(
-        a.rank() == 2 && b.rank() == 2 && a.dim(1) == b.dim(0),
-        "a product of constants of shapes {:?} and {:?}",
-        a.shape(),
-        b.shape()
+        count.saturating_mul(n).saturating_mul(k).saturating_mul(m) <= WORK_LIMIT,
+        "{}, which is too large",
+        misfit()
     );
-    let (n, k, m) = (a.dim(0), a.dim(1), b.dim(1));
-    need!(
-        n.saturating_mul(k).saturating_mul(m) <= 1 << 26 && a.dtype.is_float(),
-        "a product of constants of {n}×{k}×{m}"
-    );
-    let (x, y) = (a.f64s(), b.f64s());
-    let mut out = vec![0.0; n * m];
-    for i in 0..n {
-        for l in 0..k {
-            let v = x[i * k + l];
-            for j in 0..m {
-                out[i * m + j] += v * y[l * m + j];
+    let over = |x: &Array, rows: usize, columns: usize| x.expand(&[&outer[..], &[rows, columns]].concat());
+    let (x, y) = (over(&left, n, k).ok_or_else(misfit)?.f64s(), over(&right, k, m).ok_or_else(misfit)?.f64s());
+    let mut out = vec![0.0; count * n * m];
+    for g in 0..count {
+        for i in 0..n {
+            for l in 0..k {
+                let v = x[(g * n + i) * k + l];
+                let row = &y[(g * k + l) * m..][..m];
+                out[(g * n + i) * m..][..m].iter_mut().zip(row).for_each(|(sum, w)| *sum += v * w);
             }
         }
     }
-    Ok(Array::floats(a.dtype, &[n, m], &out))
+    let shape: Vec<usize> = outer.into_iter().chain((!vector_a).then_some(n)).chain((!vector_b).then_some(m)).collect();
+    Ok(Array::floats(a.dtype, &shape, &out))
+}
+
+/// `Einsum` of two constants, whose axes have these letters.
+fn constant_einsum(a: &Array, b: &Array, la: &[char], lb: &[char], out: &[char]) -> Rule<Array> {
+    need!(a.dtype.is_float() && a.dtype == b.dtype, "Einsum of other types than floats");
+    let mut letters: Vec<char> = out.to_vec();
+    for c in la.iter().chain(lb) {
+        if !letters.contains(c) {
+            letters.push(*c);
+        }
+    }
+    let size = |c: &char| {
+        let of = |x: &Array, list: &[char]| list.iter().position(|l| l == c).map(|k| x.dim(k));
+        match (of(a, la), of(b, lb)) {
+            (Some(n), Some(m)) if n != m => Err(format!("Einsum of sizes {n} and {m}")),
+            (Some(n), _) | (None, Some(n)) => Ok(n),
+            (None, None) => Err("Einsum of an axis that no operand has".to_string()),
+        }
+    };
+    let sizes = letters.iter().map(size).collect::<Rule<Vec<_>>>()?;
+    let all = sizes.iter().try_fold(1usize, |n, &m| n.checked_mul(m)).unwrap_or(usize::MAX);
+    need!(all <= WORK_LIMIT, "Einsum of constants that are too large");
+    let steps = |list: &[char]| -> Vec<usize> {
+        let at = |c: &char| letters.iter().position(|l| l == c).unwrap_or(0);
+        let mut out = vec![0; letters.len()];
+        let mut step = 1;
+        for c in list.iter().rev() {
+            out[at(c)] = step;
+            step *= sizes[at(c)];
+        }
+        out
+    };
+    let (sa, sb, so) = (steps(la), steps(lb), steps(out));
+    let shape = sizes[..out.len()].to_vec();
+    let (x, y) = (a.f64s(), b.f64s());
+    let mut sums = vec![0.0; shape.iter().product()];
+    for i in 0..all {
+        let (mut rest, mut at) = (i, [0usize; 3]);
+        for k in (0..sizes.len()).rev() {
+            let place = rest % sizes[k];
+            rest /= sizes[k];
+            for (at, steps) in at.iter_mut().zip([&sa, &sb, &so]) {
+                *at += place * steps[k];
+            }
+        }
+        sums[at[2]] += x[at[0]] * y[at[1]];
+    }
+    Ok(Array::floats(a.dtype, &shape, &sums))
 }

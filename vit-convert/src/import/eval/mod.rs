@@ -12,6 +12,7 @@ mod call;
 mod contract;
 mod contrib;
 mod fold;
+mod index;
 mod join;
 mod layout;
 mod linear;
@@ -19,6 +20,7 @@ mod norm;
 mod patch;
 mod product;
 mod quant;
+mod resize;
 mod select;
 mod sequence;
 #[cfg(test)]
@@ -175,7 +177,9 @@ impl<'g> Walk<'g> {
             // arithmetic
             "Add" | "Sub" | "Mul" | "Div" | "Pow" => one(self.binary(&call.node.op, call.get(0), call.get(1))),
             "Sum" => one(self.sum(call)),
-            "Sqrt" | "Reciprocal" | "Neg" | "Relu" | "Erf" | "Tanh" | "Sigmoid" | "Exp" | "Log" => {
+            "Sqrt" | "Reciprocal" | "Neg" | "Relu" | "Erf" | "Tanh" | "Sigmoid" | "Exp" | "Log"
+                if !all_constant(call) =>
+            {
                 one(self.unary(call))
             }
             "Gelu" => one(self.gelu(call)),
@@ -197,7 +201,7 @@ impl<'g> Walk<'g> {
             "Gather" => one(self.gather(call)),
             "Concat" => one(self.concat(&call.inputs, call.int("axis", 0)?)),
             "Pad" => one(self.padding(call)),
-            "Resize" => one(self.resize(call)),
+            "Resize" | "Upsample" => one(self.resize(call)),
             "SequenceConstruct" => one(self.sequence_construct(call)),
             "SequenceEmpty" => one(Ok(Value::Seq(Rc::default()))),
             "SequenceInsert" => one(self.sequence_insert(call)),

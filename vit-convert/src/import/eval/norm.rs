@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::call::Call;
+use super::fold;
 use super::value::{Rule, Value, View, axis_in, need};
 use super::walk::Walk;
 use crate::import::array::Array;
@@ -138,8 +139,8 @@ impl Walk<'_> {
     }
 
     pub(super) fn softmax(&mut self, call: &Call<'_>) -> Rule<Value> {
-        if let Value::Const(_) = call.get(0) {
-            return Err("a softmax of constants".into());
+        if let Value::Const(c) = call.get(0) {
+            return self.constant_softmax(call, &c.array).map(Value::from);
         }
         let v = call.get(0).view("the operand")?.clone();
         let old = self.graph.opset < 13;
@@ -150,6 +151,25 @@ impl Walk<'_> {
         );
         let head = if call.node.op == "LogSoftmax" { Head::LogSoftmax } else { Head::Softmax };
         self.soft(&v, axis, head).map(Value::from)
+    }
+
+    fn constant_softmax(&self, call: &Call<'_>, x: &Array) -> Rule<Array> {
+        let rank = x.rank();
+        let axis = axis_in(call.int("axis", -1)?, rank)?;
+        need!(self.graph.opset >= 13 || axis + 1 == rank, "a softmax of a constant over several axes");
+        fold::small(x.len())?;
+        let mut order: Vec<usize> = (0..rank).filter(|&k| k != axis).collect();
+        order.push(axis);
+        let turned = x.transpose(&order);
+        let mut values = turned.f64s();
+        for row in values.chunks_mut(x.dim(axis).max(1)) {
+            let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = row.iter().map(|v| (v - top).exp()).sum();
+            let log = call.node.op == "LogSoftmax";
+            row.iter_mut().for_each(|v| *v = if log { *v - top - sum.ln() } else { (*v - top).exp() / sum });
+        }
+        let back: Vec<usize> = (0..rank).map(|k| order.iter().position(|&o| o == k).unwrap_or(k)).collect();
+        Ok(Array::floats(x.dtype, &turned.shape(), &values).transpose(&back))
     }
 
     pub(super) fn soft(&mut self, v: &View, axis: usize, head: Head) -> Rule<View> {

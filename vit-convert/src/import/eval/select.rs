@@ -1,9 +1,9 @@
 //! Operators that keep some positions of a dimension: Split, Slice and Gather.
 
 use super::call::Call;
+use super::index;
 use super::value::{Rule, Value, View, axis_in, need};
 use super::walk::Walk;
-use crate::import::array::{Array, FOLD_LIMIT};
 use crate::import::axes::{self, BROADCAST, Digit, Dim, Pick};
 use crate::import::expr::Op;
 
@@ -134,7 +134,11 @@ impl Walk<'_> {
             let axis = axis_in(axes.as_ref().map_or(k as i64, |a| a[k]), rank)?;
             let step = steps.as_ref().map_or(1, |s| s[k]);
             let n = value.shape()?[axis];
-            need!(step > 0, "a slice backwards");
+            if step < 0 {
+                value = backwards(&value, axis, [starts[k], ends[k], step])?;
+                continue;
+            }
+            need!(step > 0, "a slice with a step of 0");
             let clamp = |v: i64| (if v < 0 { v.saturating_add(n as i64) } else { v }).clamp(0, n as i64) as usize;
             let (lo, hi) = (clamp(starts[k]), clamp(ends[k]));
             let step = usize::try_from(step).unwrap_or(usize::MAX);
@@ -174,18 +178,29 @@ impl Walk<'_> {
         } else {
             // an index list is supported for small constants only
             let Value::Const(c) = call.get(0) else {
-                return Err("Gather with indices that are not evenly spaced".into());
+                return Err("some elements of an activation are picked, in no even steps".into());
             };
-            let total = list.len().checked_mul(c.array.len() / n.max(1)).ok_or("Gather too large")?;
-            need!(total <= FOLD_LIMIT && list.len() <= 1 << 14, "Gather of {total} elements of a constant");
-            let rows = list
-                .iter()
-                .map(|&i| c.array.pick(axis, &Pick::range(axis_index(i, n)?, 1)).ok_or_else(|| "Gather".to_string()))
-                .collect::<Rule<Vec<_>>>()?;
-            Array::concat(&rows, axis)?.into()
+            let at = list.iter().map(|&i| axis_index(i, n)).collect::<Rule<Vec<_>>>()?;
+            index::gathered(&c.array, axis, &at)?.into()
         };
         Self::reshaped(&picked, &target)
     }
+}
+
+/// A slice with a negative step, of a constant.
+fn backwards(value: &Value, axis: usize, [start, end, step]: [i64; 3]) -> Rule<Value> {
+    let Value::Const(c) = value else {
+        return Err("an activation is reversed (a slice with a negative step)".into());
+    };
+    let n = c.array.dim(axis) as i64;
+    let wrap = |v: i64| (if v < 0 { v.saturating_add(n) } else { v }).clamp(-1, n - 1);
+    let (mut at, end) = (wrap(start), wrap(end));
+    let mut list = Vec::new();
+    while at > end && at >= 0 {
+        list.push(at as usize);
+        at = at.saturating_add(step);
+    }
+    Ok(index::gathered(&c.array, axis, &list)?.into())
 }
 
 /// The positions in an index list as a pick, if they are evenly spaced.

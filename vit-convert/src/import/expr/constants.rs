@@ -53,10 +53,10 @@ impl Exprs {
                 let (args, shape) = (self.get(e).args.clone(), self.shape(e).to_vec());
                 return Ok(self.make(Op::Patch { weight, bias: Some(bias), grid, channels, pixels }, args, shape));
             }
-            Op::Norm { eps, gain: Some(gain), bias: None, group } if per_channel => {
+            Op::Norm { eps, gain, bias: None, group } if per_channel => {
                 if let Some(bias) = self.period(e, c, group) {
                     let (args, shape) = (self.get(e).args.clone(), self.shape(e).to_vec());
-                    return Ok(self.make(Op::Norm { eps, gain: Some(gain), bias: Some(bias), group }, args, shape));
+                    return Ok(self.make(Op::Norm { eps, gain, bias: Some(bias), group }, args, shape));
                 }
             }
             Op::Add if per_channel => {

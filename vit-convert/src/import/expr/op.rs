@@ -106,6 +106,8 @@ pub enum Op {
     Param(Constant),
     /// Concatenated tokens.
     Cat,
+    /// The channels of single tokens, one behind the other.
+    Beside,
     /// `shape[1]` tokens from `start`.
     Sel {
         /// The first token.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use vit_model::config::Activation;
+use vit_model::config::{Activation, Config};
 
 use crate::import::array::Array;
 use crate::import::expr::{Constant, Exprs, Id, Op};
@@ -118,12 +118,14 @@ impl<'a> Finder<'a> {
         Ok(())
     }
 
-    /// Takes a linear that always has a bias in timm: zeros if the graph has none.
-    pub fn biased_linear(&mut self, e: Id, module: &str) -> Fit {
-        self.linear(e, module)?;
-        if !self.has_bias(e) {
-            let zeros = Array::floats(DType::F32, &[self.width(e)], &vec![0.0; self.width(e)]);
-            self.put(e, module, "bias", zeros)?;
+    /// Gives every layer whose bias the graph leaves out, and timm's model of this configuration does not, a bias of zeros.
+    /// timm has one switch for the biases of all blocks' projections and MLPs, and one for those of q, k and v.
+    pub fn fill_biases(&mut self, config: &Config) -> vit_model::Result<()> {
+        for (name, shape) in vit_model::layers::parameters(config)? {
+            if name.ends_with(".bias") && !self.tensors.contains_key(&name) {
+                let zeros = Array::floats(DType::F32, &shape, &vec![0.0; shape.iter().product()]);
+                self.tensors.insert(name, zeros);
+            }
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::finder::{Finder, Fit, Refusal, refuse};
 use crate::import::array::Array;
-use crate::import::axes::{self, BROADCAST, Dim};
+use crate::import::axes::{self, BROADCAST, Dim, Pick};
 use crate::import::eval::View;
 use crate::import::expr::{Func, Head, Id, Op};
 
@@ -130,14 +130,19 @@ impl Finder<'_> {
         Ok(None)
     }
 
-    /// Takes the heads' tensors.
-    pub fn classifier_tensors(&mut self, found: &Classifier) -> Fit {
+    /// Takes the heads' tensors. `turned`: the two halves of what they read are the other way round in timm.
+    pub fn classifier_tensors(&mut self, found: &Classifier, turned: bool) -> Fit {
         if let Some(e) = found.pre_logits {
-            self.biased_linear(e, "pre_logits.fc")?;
+            self.linear(e, "pre_logits.fc")?;
         }
         if let Some(e) = found.head {
             self.linear(e, "head")?;
             self.scale_head(e, found.factor)?;
+        }
+        if turned {
+            let first = found.pre_logits.or(found.head).unwrap_or(found.below);
+            let name = if found.pre_logits.is_some() { "pre_logits.fc.weight" } else { "head.weight" };
+            self.turn_halves(first, name)?;
         }
         if let Some(e) = found.dist {
             self.linear(e, "head_dist")?;
@@ -145,6 +150,19 @@ impl Finder<'_> {
                 return refuse(e, "two heads of different sizes");
             }
         }
+        Ok(())
+    }
+
+    /// Exchanges the two halves of a weight's columns.
+    fn turn_halves(&mut self, e: Id, name: &str) -> Fit {
+        let failed = |why: String| Refusal { at: Some(e), why };
+        let weight = self.tensors.get(name).filter(|_| !self.is_norm(e));
+        let weight =
+            weight.ok_or_else(|| failed("the mean of the tokens before the class token, without a head".into()))?;
+        let half = weight.dim(1) / 2;
+        let part = |at: usize| weight.pick(1, &Pick::range(at, half)).ok_or_else(|| failed("the head".into()));
+        let turned = Array::concat(&[part(half)?, part(0)?], 1).map_err(failed)?;
+        self.tensors.insert(name.into(), turned);
         Ok(())
     }
 

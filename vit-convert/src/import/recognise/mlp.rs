@@ -43,10 +43,10 @@ impl Finder<'_> {
 
     /// Takes an MLP's tensors; its kind, and the rows of `fc1`.
     pub fn mlp_tensors(&mut self, mlp: &Mlp, block: &str) -> Fit<(MlpKind, usize)> {
-        self.biased_linear(mlp.fc2, &format!("{block}.mlp.fc2"))?;
+        self.linear(mlp.fc2, &format!("{block}.mlp.fc2"))?;
         match mlp.fc1[..] {
             [fc1] => {
-                self.biased_linear(fc1, &format!("{block}.mlp.fc1"))?;
+                self.linear(fc1, &format!("{block}.mlp.fc1"))?;
                 Ok((MlpKind::Mlp, self.width(fc1)))
             }
             [gate, value] => {
@@ -59,8 +59,8 @@ impl Finder<'_> {
                     self.pack(&[gate, value], &format!("{block}.mlp.fc1"))?;
                     return Ok((MlpKind::SwigluPacked, self.width(gate) + self.width(value)));
                 }
-                self.biased_linear(gate, &format!("{block}.mlp.fc1_g"))?;
-                self.biased_linear(value, &format!("{block}.mlp.fc1_x"))?;
+                self.linear(gate, &format!("{block}.mlp.fc1_g"))?;
+                self.linear(value, &format!("{block}.mlp.fc1_x"))?;
                 Ok((MlpKind::Swiglu, self.width(gate)))
             }
             _ => refuse(mlp.fc2, "an MLP of odd shape"),

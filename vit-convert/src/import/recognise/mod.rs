@@ -82,7 +82,7 @@ fn parts(x: &Exprs, view: &View, half: bool, bytes: bool) -> Fit<Parts> {
         let (to, end) = (first + count, prefix + patches.count);
         return refuse(view.e, format!("tokens {first} to {to} are pooled, the patches are {prefix} to {end}"));
     }
-    if pooling.pool == Pool::Token && prefix == 0 {
+    if matches!(pooling.pool, Pool::Token | Pool::TokenAvg) && prefix == 0 {
         return refuse(view.e, "the first token is read as a class token, and it is a patch");
     }
     if top.dist.is_some() && prefix != 2 {
@@ -102,7 +102,7 @@ fn parts(x: &Exprs, view: &View, half: bool, bytes: bool) -> Fit<Parts> {
     if let Some(e) = pooling.final_norm {
         finder.norm(e, "norm", false)?;
     }
-    finder.classifier_tensors(&top)?;
+    finder.classifier_tensors(&top, pooling.turned)?;
     let (eps, act) = agreed(&finder, view.e)?;
     let mut config =
         Config::vit(patches.img_size, patches.patch_size, finder.width(trunk.below), trunk.depth, facts.heads);
@@ -113,8 +113,8 @@ fn parts(x: &Exprs, view: &View, half: bool, bytes: bool) -> Fit<Parts> {
     config.act = act;
     config.ln_eps = eps;
     config.patch_bias = finder.tensors.contains_key("patch_embed.proj.bias");
-    config.qkv_bias = facts.qkv_bias;
-    config.proj_bias = facts.proj_bias;
+    config.qkv_bias = trunk.biases.qkv;
+    config.proj_bias = trunk.biases.proj;
     config.qk_norm = facts.qk_norm;
     config.class_token = prefix > 0;
     config.dist_token = top.dist.is_some();
@@ -127,8 +127,8 @@ fn parts(x: &Exprs, view: &View, half: bool, bytes: bool) -> Fit<Parts> {
     config.layer_scale = facts.layer_scale;
     config.global_pool = pooling.pool;
     config.pre_logits = top.pre_logits.map(|e| PreLogits::tanh(finder.width(e)));
-    config.head_bias = top.head.is_some_and(|e| finder.has_bias(e));
-    config.validate().map_err(|e| Refusal { at: Some(view.e), why: e.to_string() })?;
+    config.head_bias = top.head.iter().chain(&top.dist).any(|&e| finder.has_bias(e));
+    finder.fill_biases(&config).map_err(|e| Refusal { at: Some(view.e), why: e.to_string() })?;
     let Finder { tensors, owners, acts, evidence, rounded, .. } = finder;
     let (channels, pixels) = (patches.channels, patches.pixels);
     let (top, sel) = (view.e, view.sel);

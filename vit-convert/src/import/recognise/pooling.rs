@@ -14,6 +14,8 @@ pub struct Pooling {
     pub pool: Pool,
     /// `(first, count)`: the tokens that are pooled, unless it is all of them or the class token.
     pub range: Option<(usize, usize)>,
+    /// Of a class token beside a mean, the mean comes first.
+    pub turned: bool,
     /// Attention pooling.
     pub map: Option<MapHead>,
     /// The norm after the pooling.
@@ -35,8 +37,15 @@ pub struct MapHead {
 impl Finder<'_> {
     /// The pooling below a classifier.
     pub fn pooling(&mut self, top: &Classifier) -> Fit<Pooling> {
-        let mut out =
-            Pooling { pool: Pool::None, range: None, map: None, fc_norm: None, final_norm: None, below: top.below };
+        let mut out = Pooling {
+            pool: Pool::None,
+            range: None,
+            turned: false,
+            map: None,
+            fc_norm: None,
+            final_norm: None,
+            below: top.below,
+        };
         let mut e = top.below;
         if self.is_norm(e) && self.pooled(self.arg(e)).is_some() {
             out.fc_norm = Some(e);
@@ -47,6 +56,7 @@ impl Finder<'_> {
             if top.sel.is_some() {
                 return refuse(e, "tokens are selected after pooling");
             }
+            out.turned = *self.op(e) == Op::Beside && matches!(self.op(self.arg(e)), Op::Pool { .. });
             (out.pool, out.range, e) = (pool, Some((first, count)), below);
         } else if top.sel == Some((0, 1)) {
             out.pool = Pool::Token;
@@ -65,6 +75,9 @@ impl Finder<'_> {
             out.final_norm = Some(e);
             e = self.arg(e);
         }
+        if let (true, Some(norm)) = (out.turned, out.fc_norm) {
+            return refuse(norm, "a norm over the mean of the tokens beside the class token, in this order");
+        }
         if let (Some(norm), Some(_)) = (out.fc_norm, out.final_norm) {
             return refuse(norm, "a norm before and one after the pooling");
         }
@@ -72,10 +85,23 @@ impl Finder<'_> {
         Ok(out)
     }
 
-    /// The mean, the maximum, or the mean of both, of neighbouring tokens: `(kind, first, count, of what)`.
+    /// The mean, the maximum, or the mean of both, of neighbouring tokens, or the class token beside their mean:
+    /// `(kind, first, count, of what)`.
     fn pooled(&self, e: Id) -> Option<(Pool, usize, usize, Id)> {
         if let &Op::Pool { kind, lo, n } = self.op(e) {
             return Some((if kind == PoolKind::Mean { Pool::Avg } else { Pool::Max }, lo, n, self.arg(e)));
+        }
+        if *self.op(e) == Op::Beside
+            && let &[a, b] = self.args(e)
+        {
+            return [(a, b), (b, a)].into_iter().find_map(|(class, mean)| {
+                let (&Op::Sel { start: 0 }, &Op::Pool { kind: PoolKind::Mean, lo, n }) =
+                    (self.op(class), self.op(mean))
+                else {
+                    return None;
+                };
+                (self.arg(class) == self.arg(mean)).then(|| (Pool::TokenAvg, lo, n, self.arg(class)))
+            });
         }
         let (core, half) = self.x.scaled(e);
         if half != 0.5 || *self.op(core) != Op::Add {
@@ -122,14 +148,14 @@ impl Finder<'_> {
         }
         self.put(map.latent, "attn_pool", "latent", (**latent).clone())?;
         let [q, k, v] = attn.qkv;
-        self.biased_linear(q, "attn_pool.q")?;
+        self.linear(q, "attn_pool.q")?;
         self.pack(&[k, v], "attn_pool.kv")?;
-        self.biased_linear(attn.proj, "attn_pool.proj")?;
+        self.linear(attn.proj, "attn_pool.proj")?;
         self.own(attn.core, "attn_pool");
         self.norm(map.norm, "attn_pool.norm", false)?;
         let (fc1, fc2) = (map.mlp.fc1[0], map.mlp.fc2);
-        self.biased_linear(fc1, "attn_pool.mlp.fc1")?;
-        self.biased_linear(fc2, "attn_pool.mlp.fc2")?;
+        self.linear(fc1, "attn_pool.mlp.fc1")?;
+        self.linear(fc2, "attn_pool.mlp.fc2")?;
         for (e, want) in [(fc1, facts.hidden), (fc2, self.width(attn.proj))] {
             if self.width(e) != want {
                 return refuse(e, format!("the pooling's MLP is {} wide, {want} is expected", self.width(e)));

@@ -12,10 +12,17 @@ pub struct Facts {
     pub heads: usize,
     pub hidden: usize,
     pub mlp: MlpKind,
-    pub qkv_bias: bool,
-    pub proj_bias: bool,
     pub qk_norm: bool,
     pub layer_scale: bool,
+}
+
+/// Which biases a block has, or any block has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Biases {
+    /// Of q, k or v.
+    pub qkv: bool,
+    /// Of the projection or the MLP.
+    pub proj: bool,
 }
 
 /// The blocks of a model.
@@ -23,6 +30,7 @@ pub struct Facts {
 pub struct Trunk {
     pub depth: usize,
     pub facts: Facts,
+    pub biases: Biases,
     /// The tokens that enter the first block.
     pub below: Id,
 }
@@ -35,11 +43,13 @@ impl Finder<'_> {
             return refuse(e, format!("this is not a pre-norm transformer block: {}", self.x.show(e, 3)));
         }
         let mut facts: Option<Facts> = None;
+        let mut biases = Biases::default();
         for (k, pair) in residuals.chunks(2).enumerate() {
             let [first, second] = pair else {
                 return refuse(pair[0].whole, format!("block {k} has one residual branch, two are expected"));
             };
-            let own = self.block(k, first, second)?;
+            let (own, block) = self.block(k, first, second)?;
+            biases = Biases { qkv: biases.qkv || block.qkv, proj: biases.proj || block.proj };
             match &facts {
                 None => facts = Some(own),
                 Some(facts) if *facts == own => {}
@@ -47,18 +57,18 @@ impl Finder<'_> {
             }
         }
         let facts = facts.ok_or(Refusal { at: None, why: "no blocks".into() })?;
-        Ok(Trunk { depth: residuals.len() / 2, facts, below })
+        Ok(Trunk { depth: residuals.len() / 2, facts, biases, below })
     }
 
     /// Takes one block: attention, then an MLP.
-    fn block(&mut self, k: usize, first: &Residual, second: &Residual) -> Fit<Facts> {
+    fn block(&mut self, k: usize, first: &Residual, second: &Residual) -> Fit<(Facts, Biases)> {
         let (Branch::Attention(attn), Branch::Mlp(mlp)) = (&first.branch, &second.branch) else {
             return refuse(first.whole, format!("block {k} is not attention and then an MLP"));
         };
         let p = format!("blocks.{k}");
         self.norm(first.norm, &format!("{p}.norm1"), false)?;
         let factor = self.scale(attn)?;
-        let qkv_bias = self.packed_qkv(attn, &format!("{p}.attn.qkv"), factor)?;
+        let qkv = self.packed_qkv(attn, &format!("{p}.attn.qkv"), factor)?;
         self.linear(attn.proj, &format!("{p}.attn.proj"))?;
         self.own(attn.core, format!("{p}.attn"));
         let qk_norm = self.qk_norms(attn, &format!("{p}.attn"))?;
@@ -80,15 +90,10 @@ impl Finder<'_> {
             self.evidence.push((format!("num_heads = {}", attn.heads), attn.core));
             self.evidence.push((format!("act = {:?}", mlp.act), mlp.act_at));
         }
-        Ok(Facts {
-            heads: attn.heads,
-            hidden,
-            mlp: kind,
-            qkv_bias,
-            proj_bias: self.has_bias(attn.proj),
-            qk_norm,
-            layer_scale: first.gamma.is_some(),
-        })
+        let mut after = mlp.fc1.iter().chain([&mlp.fc2, &attn.proj]);
+        let biases = Biases { qkv, proj: after.any(|&e| self.has_bias(e)) };
+        let layer_scale = first.gamma.is_some();
+        Ok((Facts { heads: attn.heads, hidden, mlp: kind, qk_norm, layer_scale }, biases))
     }
 
     fn layer_scale(&mut self, residual: &Residual, module: &str) -> Fit {

@@ -88,6 +88,13 @@ fn unary(call: &mut Call<'_>) -> Option<Res<Value>> {
         "Tanh" => tanh,
         "Sin" => |v| real!(v, |x| x.sin()),
         "Cos" => |v| real!(v, |x| x.cos()),
+        "Tan" => |v| real!(v, |x| x.tan()),
+        "Asin" => |v| real!(v, |x| x.asin()),
+        "Acos" => |v| real!(v, |x| x.acos()),
+        "Atan" => |v| real!(v, |x| x.atan()),
+        "Sinh" => |v| real!(v, |x| x.sinh()),
+        "Cosh" => |v| real!(v, |x| x.cosh()),
+        "Softplus" => |v| double!(v, |x| x.exp().ln_1p(), |x| x.exp().ln_1p()),
         "Floor" => |v| real!(v, |x| x.floor()),
         "Ceil" => |v| real!(v, |x| x.ceil()),
         "Round" => |v| real!(v, |x| x.round_ties_even()),
@@ -270,10 +277,14 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
             }
             binary(call.input(0)?, call.input(1)?, if fmod { "FMod" } else { "Mod" })
         })(),
-        op @ ("Max" | "Min" | "Sum") => (|| {
+        op @ ("Max" | "Min" | "Sum" | "Mean") => (|| {
             let mut all = call.input(0)?.clone();
             for i in 1..call.inputs.len() {
                 all = binary(&all, call.input(i)?, if op == "Max" || op == "Min" { op } else { "Add" })?;
+            }
+            if op == "Mean" {
+                let count = Value::reals(all.dtype, Vec::new(), vec![call.inputs.len() as f64]);
+                return binary(&all, &count, "Div");
             }
             Ok(all)
         })(),

@@ -31,7 +31,7 @@ pub(super) fn run(call: &mut Call<'_>) -> Option<Res<Vec<Value>>> {
         })(),
         "Tile" => tile(call),
         "Pad" => pad(call),
-        "Resize" => resize(call),
+        "Resize" | "Upsample" => super::resize::resize(call),
         "Shape" => shape(call),
         "Size" => (|| Ok(Value::int(DType::I64, vec![], vec![call.input(0)?.len() as i64])))(),
         "Range" => range(call),
@@ -303,30 +303,6 @@ fn pad(call: &mut Call<'_>) -> Res<Value> {
         return Err(format!("there is no rule for padding by {pads:?}"));
     }
     call.take(0)
-}
-
-/// A resize to the size that is there, which leaves every pixel in its place under each of these transformations.
-fn resize(call: &mut Call<'_>) -> Res<Value> {
-    const KEEPING: [&str; 5] =
-        ["half_pixel", "pytorch_half_pixel", "half_pixel_symmetric", "align_corners", "asymmetric"];
-    let mode = call.str("coordinate_transformation_mode", "half_pixel")?;
-    if !KEEPING.contains(&mode.as_str()) || call.str("keep_aspect_ratio_policy", "stretch")? != "stretch" {
-        return Err(format!("there is no rule for a resize with the transformation `{mode}`"));
-    }
-    let axes = call.ints("axes")?;
-    let (scales, given) = if call.opset < 11 { (call.opt(1), None) } else { (call.opt(2), call.opt(3)) };
-    let (scales, given) = (scales.filter(|s| !s.is_empty()).cloned(), given.filter(|s| !s.is_empty()).cloned());
-    let v = call.take(0)?;
-    let axes = match axes {
-        Some(axes) => axes.iter().map(|&a| v.axis(a)).collect::<Res<Vec<_>>>()?,
-        None => (0..v.rank()).collect(),
-    };
-    let keeps = match (scales, given) {
-        (Some(scales), _) => scales.len() == axes.len() && scales.to_f64()?.iter().all(|s| (s - 1.0).abs() < 1e-6),
-        (None, Some(given)) => axes.iter().map(|&a| v.dims[a]).eq(sizes(given.as_ints()?)?),
-        (None, None) => false,
-    };
-    if keeps { Ok(v) } else { Err(format!("there is no rule for a resize of {:?} to another size", v.dims)) }
 }
 
 fn shape(call: &mut Call<'_>) -> Res<Value> {

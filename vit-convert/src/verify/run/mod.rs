@@ -10,11 +10,13 @@ mod broadcast;
 mod call;
 mod contrib;
 mod error;
+mod indexed;
 mod layout;
 mod linear;
 mod math;
 mod quant;
 mod reduce;
+mod resize;
 mod sequence;
 mod shape;
 mod value;
@@ -258,9 +260,16 @@ fn uses(node: &Node) -> HashSet<ValueId> {
 fn rule(call: &mut Call<'_>) -> Res<Vec<Value>> {
     type Rule = fn(&mut Call<'_>) -> Option<Res<Vec<Value>>>;
     let rules: &[Rule] = match call.node.domain.as_str() {
-        "" | "ai.onnx" => {
-            &[layout::run, arith::run, linear::run, reduce::run, attention::run, quant::run, sequence::run]
-        }
+        "" | "ai.onnx" => &[
+            layout::run,
+            arith::run,
+            linear::run,
+            reduce::run,
+            attention::run,
+            quant::run,
+            sequence::run,
+            indexed::run,
+        ],
         "com.microsoft" => &[contrib::run, attention::run_contrib, quant::run_contrib],
         _ => &[],
     };

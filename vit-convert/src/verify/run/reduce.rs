@@ -105,6 +105,7 @@ pub(super) fn reduce(v: &Value, axes: &[usize], kind: &str, keep: bool) -> Res<V
         "Prod" => |r, _| r.product(),
         "Max" => |r, _| r.fold(f64::NEG_INFINITY, |a, b| if b.is_nan() || b > a { b } else { a }),
         "Min" => |r, _| r.fold(f64::INFINITY, |a, b| if b.is_nan() || b < a { b } else { a }),
+        "L1" => |r, _| r.map(f64::abs).sum(),
         "L2" => |r, _| r.map(|x| x * x).sum::<f64>().sqrt(),
         "SumSquare" => |r, _| r.map(|x| x * x).sum(),
         _ => return Err(format!("there is no rule for Reduce{kind}")),

@@ -62,3 +62,26 @@ fn what_is_written_is_read_and_written_again_the_same() {
         }
     }
 }
+
+#[test]
+fn biases_that_a_class_of_transformers_always_has_are_written_as_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    let bare = Config { proj_bias: false, patch_bias: false, head_bias: false, ..vit() };
+    let tower = Config { qkv_bias: false, proj_bias: false, class_token: false, global_pool: Pool::Avg, ..vit() };
+    for (name, config) in [("vit", bare), ("siglip", tower)] {
+        let vars = VarMap::new();
+        let model = VisionTransformer::new(&config, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)).unwrap();
+        let info = ModelInfo::new(config.clone(), PreprocessConfig::for_config(&config));
+        let saved = folder.path().join(name);
+        Checkpoint::from_var_map(info, &vars).unwrap().save(&saved, Format::Transformers).unwrap();
+        let read = Checkpoint::open(&saved).unwrap();
+        assert!(read.info.model.proj_bias && read.info.model.head_bias && read.info.model.patch_bias, "{name}");
+        let read = read.model(DType::F32, &Device::Cpu).unwrap();
+        let x = candle_core::Tensor::randn(0f32, 1.0, (1, 3, 32, 32), &Device::Cpu).unwrap();
+        let [one, two] =
+            [&model, &read].map(|m| m.forward(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        // a layer with a bias sums in another order
+        let far = one.iter().zip(&two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(one.len() == two.len() && far < 1e-6, "{name}: {far}");
+    }
+}

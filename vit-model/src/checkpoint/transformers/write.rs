@@ -14,6 +14,8 @@ use crate::{
 };
 use serde_json::{Map, Value, json};
 
+use crate::layers::parameters;
+
 use super::names::{DINOV2, Naming, POOL, TOWER, VIT};
 use crate::checkpoint::views::{Part, Views};
 use crate::checkpoint::written::Folder;
@@ -45,6 +47,7 @@ impl Family {
 /// A model that no class of transformers computes, with the switches that stand in the way, and a preprocessing that
 /// none of its processors does.
 pub(in crate::checkpoint) fn folder(info: &ModelInfo, weights: &Arc<dyn Weights>) -> Result<Folder> {
+    let (info, weights) = &biased(info, weights)?;
     let c = &info.model;
     let family = family(c)?;
     let writer = Writer { c, family, to: Views::new(weights.clone()), prefix: prefix(c, family) };
@@ -53,6 +56,28 @@ pub(in crate::checkpoint) fn folder(info: &ModelInfo, weights: &Arc<dyn Weights>
     let processor = processor(&info.preprocess, &mut notes)?;
     let files = vec![("config.json", config(info, family)), ("preprocessor_config.json", processor)];
     Ok(Folder { info: None, weights, files, notes })
+}
+
+/// The same function with every bias that the classes of transformers always have: those that the model lacks are zero.
+fn biased(info: &ModelInfo, weights: &Arc<dyn Weights>) -> Result<(ModelInfo, Arc<dyn Weights>)> {
+    let mut info = info.clone();
+    let c = &mut info.model;
+    c.proj_bias = true;
+    if c.pre_norm || !c.class_token {
+        c.qkv_bias = true; // the towers of CLIP and SigLIP have no switch for it
+    }
+    if !c.pre_norm {
+        // CLIP has neither
+        (c.patch_bias, c.head_bias) = (true, true);
+    }
+    let mut to = Views::all(weights.clone());
+    for (name, shape) in parameters(c)? {
+        if name.ends_with(".bias") && !to.has(&name) {
+            let len = shape.iter().product();
+            to.add(name, shape, vec![Part::Zeros(len)]);
+        }
+    }
+    Ok((info, Arc::new(to)))
 }
 
 /// The family that computes what the model does.
