@@ -31,7 +31,7 @@ const SUBSETS: [Subset; 7] = [
     IN1K,
     Subset { tag: "in12k", name: "ImageNet-12k", classes: 11821, bit: 1, ..IN1K },
     Subset { tag: "in22k", name: "ImageNet-22k", classes: 21841, bit: 2, ..IN1K },
-    Subset { tag: "in22k", name: "ImageNet-22k (Microsoft)", classes: 21842, bit: 3, small_first: true, ..IN1K },
+    Subset { tag: "in22k", name: "ImageNet-22k (Microsoft)", classes: 21842, bit: 3, small_first: true },
     Subset { tag: "in21k", name: "ImageNet-21k (Google)", classes: 21843, bit: 4, ..IN1K },
     Subset { tag: "in21k", name: "ImageNet-21k (MIIL)", classes: 11221, bit: 5, ..IN1K },
     Subset { tag: "in21k", name: "ImageNet-21k (MIIL, winter 2021)", classes: 10450, bit: 6, ..IN1K },

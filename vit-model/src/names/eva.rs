@@ -19,6 +19,7 @@ const fn eva(swiglu: bool, align: usize, post_norm: Option<bool>, pool: Option<(
     Class::Eva(Eva { swiglu, align, post_norm, pool })
 }
 
+#[allow(clippy::unnecessary_wraps)] // it is a value of `Config::rope`
 const fn rope(kind: RopeKind, temperature: f64, ref_grid: Option<[usize; 2]>) -> Option<Rope> {
     Some(Rope { ref_grid, ..Rope::new(kind, temperature) })
 }

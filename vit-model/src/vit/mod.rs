@@ -137,9 +137,10 @@ impl VisionTransformer {
     /// Computes the positions for images of the model's own size, unless they can change.
     fn remember_positions(&mut self, device: &Device) -> Result<()> {
         let trained = [&self.rope_freqs, &self.rel_pos_bias].into_iter().flatten().any(Tensor::track_op);
-        self.positions = match trained {
-            true => None,
-            false => Some(self.compute_positions(self.config.grid(), Resample::default(), device)?),
+        self.positions = if trained {
+            None
+        } else {
+            Some(self.compute_positions(self.config.grid(), Resample::default(), device)?)
         };
         Ok(())
     }

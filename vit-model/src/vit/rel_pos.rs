@@ -37,7 +37,7 @@ fn progression(from: usize, to: usize) -> Vec<f64> {
     let (half, reach) = (from / 2, (to / 2) as f64);
     let (mut left, mut right, mut ratio) = (1.01, 1.5, 1.01);
     while right - left > 1e-6 {
-        ratio = (left + right) / 2.0;
+        ratio = f64::midpoint(left, right);
         let sum = (1.0 - f64::powi(ratio, half as i32)) / (1.0 - ratio);
         if sum > reach { right = ratio } else { left = ratio }
     }

@@ -131,7 +131,7 @@ impl Walk<'_> {
                 let mut values = x.f64s();
                 let step = strides(&shape)[axis];
                 let n = shape[axis];
-                for start in (0..values.len()).filter(|i| i / step % n.max(1) == 0) {
+                for start in (0..values.len()).filter(|i| (i / step).is_multiple_of(n.max(1))) {
                     let mut sum = 0.0;
                     for k in 0..n {
                         let i = start + step * if reverse { n - 1 - k } else { k };

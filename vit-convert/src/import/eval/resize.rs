@@ -121,7 +121,9 @@ impl Method {
         // antialiasing widens the kernel, so that every element of the original counts
         let wide = if self.antialias { 1.0 / axis.scale.min(1.0) } else { 1.0 };
         let (first, end) = ((at - radius * wide).ceil(), (at + radius * wide).floor());
-        need!(end - first <= 4.0 * axis.from as f64 + 8.0, "a resize by {}", axis.scale);
+        // not a number if the scale is none
+        let bounded = (end - first).is_finite() && end - first <= 4.0 * axis.from as f64 + 8.0;
+        need!(bounded, "a resize by {}", axis.scale);
         let mut taps: Vec<(usize, f64)> = Vec::new();
         let mut i = first;
         while i <= end {

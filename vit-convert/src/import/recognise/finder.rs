@@ -122,7 +122,7 @@ impl<'a> Finder<'a> {
     /// timm has one switch for the biases of all blocks' projections and MLPs, and one for those of q, k and v.
     pub fn fill_biases(&mut self, config: &Config) -> vit_model::Result<()> {
         for (name, shape) in vit_model::layers::parameters(config)? {
-            if name.ends_with(".bias") && !self.tensors.contains_key(&name) {
+            if name.rsplit('.').next() == Some("bias") && !self.tensors.contains_key(&name) {
                 let zeros = Array::floats(DType::F32, &shape, &vec![0.0; shape.iter().product()]);
                 self.tensors.insert(name, zeros);
             }

@@ -72,7 +72,7 @@ fn biased(info: &ModelInfo, weights: &Arc<dyn Weights>) -> Result<(ModelInfo, Ar
     }
     let mut to = Views::all(weights.clone());
     for (name, shape) in parameters(c)? {
-        if name.ends_with(".bias") && !to.has(&name) {
+        if name.rsplit('.').next() == Some("bias") && !to.has(&name) {
             let len = shape.iter().product();
             to.add(name, shape, vec![Part::Zeros(len)]);
         }
