@@ -88,8 +88,11 @@ pub fn import(graph: &Graph, img_size: Option<[usize; 2]>, output: Option<&str>)
     let mut budget = WORK_LIMIT;
     let mut first = None;
     for image in images {
-        let sized =
-            |batch: usize| Setting { image: [batch, image[1], image[2], image[3]], tolerance: half.tolerance() };
+        let sized = |batch: usize| Setting {
+            image: [batch, image[1], image[2], image[3]],
+            tolerance: half.tolerance(),
+            guessed: !assumed.is_empty(),
+        };
         let attempt = |setting: Setting| -> Result<(Found, usize)> {
             let walk = Walk::run(graph, setting)?;
             let nodes = walk.visited.len();

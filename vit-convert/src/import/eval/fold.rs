@@ -358,15 +358,8 @@ impl Walk<'_> {
                     Array::ints(x.dtype, &shape, &v)
                 }
             }
-            "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceMean" | "ReduceSumSquare" | "ReduceL1"
-            | "ReduceL2" => reduce(call, op, a(0)?)?,
-            "Mean" => {
-                let mut sum = a(0)?.clone();
-                for k in 1..call.inputs.len() {
-                    sum = binary("Add", &sum, a(k)?)?;
-                }
-                let n = call.inputs.len() as f64;
-                map(&sum, sum.dtype, |v| v, |v| v / n)?
+            "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceMean" | "ReduceSumSquare" | "ReduceL2" => {
+                reduce(call, op, a(0)?)?
             }
             "GatherND" | "GatherElements" | "ScatterND" | "ScatterElements" | "NonZero" | "CumSum" | "OneHot"
             | "EyeLike" => {
@@ -409,7 +402,6 @@ fn reduce(call: &Call<'_>, op: &str, x: &Array) -> Rule<Array> {
                 "ReduceMax" => c.iter().copied().fold(f64::NEG_INFINITY, f64::max),
                 "ReduceMin" => c.iter().copied().fold(f64::INFINITY, f64::min),
                 "ReduceMean" => c.iter().sum::<f64>() / run as f64,
-                "ReduceL1" => c.iter().map(|v| v.abs()).sum(),
                 "ReduceL2" => c.iter().map(|v| v * v).sum::<f64>().sqrt(),
                 _ => c.iter().map(|v| v * v).sum(),
             })

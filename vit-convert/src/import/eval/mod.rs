@@ -65,6 +65,7 @@ impl<'g> Walk<'g> {
             visited: Vec::new(),
             approximate: Vec::new(),
             batch: setting.image[0],
+            guessed: setting.guessed,
             values: vec![Value::None; graph.names.len()],
         };
         for (&id, tensor) in &graph.initializers {

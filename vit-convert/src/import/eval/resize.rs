@@ -121,9 +121,8 @@ impl Method {
         // antialiasing widens the kernel, so that every element of the original counts
         let wide = if self.antialias { 1.0 / axis.scale.min(1.0) } else { 1.0 };
         let (first, end) = ((at - radius * wide).ceil(), (at + radius * wide).floor());
-        // not a number if the scale is none
-        let bounded = (end - first).is_finite() && end - first <= 4.0 * axis.from as f64 + 8.0;
-        need!(bounded, "a resize by {}", axis.scale);
+        let few = end - first <= 4.0 * axis.from as f64 + 8.0;
+        need!(few, "a resize by {}", axis.scale);
         let mut taps: Vec<(usize, f64)> = Vec::new();
         let mut i = first;
         while i <= end {
@@ -173,11 +172,12 @@ impl Walk<'_> {
             _ => list(if early { 1 } else { 2 }, "the scales of a resize")?,
         };
         let sizes = if early { None } else { list(3, "the size that is resized to")? };
-        let region = if method.coordinates == "tf_crop_and_resize" {
-            Some(list(1, "the region that is cropped")?.ok_or("a cropping resize without a region")?)
-        } else {
-            None
-        };
+        let region =
+            if method.coordinates == "tf_crop_and_resize" { list(1, "the region that is cropped")? } else { None };
+        need!(
+            method.coordinates != "tf_crop_and_resize" || region.is_some(),
+            "a resize of a region that the node does not name"
+        );
         let count = which.len();
         let mut axes = Vec::with_capacity(count);
         for (k, &at) in which.iter().enumerate() {
@@ -195,34 +195,36 @@ impl Walk<'_> {
                 (None, None) => return Err("a resize without a size".into()),
             };
             need!((1.0..=65536.0 * 16.0).contains(&to) || to == n as f64, "a resize of {n} to {to}");
-            let old = method.mode_is_old_nearest(call, self.graph.opset);
-            need!(
-                !old || scale >= 1.0,
-                "a nearest resize to a smaller size, which opset {} leaves open",
-                self.graph.opset
-            );
+            let open = method.mode_is_old_nearest(call, self.graph.opset) && scale < 1.0;
+            need!(!open, "a nearest resize to a smaller size, which opset {} leaves open", self.graph.opset);
             let bound = |at: usize| region.as_ref().and_then(|r| r.get(at)).copied();
             let region = [bound(k).unwrap_or(0.0), bound(k + count).unwrap_or(1.0)];
             axes.push(Axis { at, from: n, to: to as usize, scale, region });
         }
-        for axis in axes.iter().filter(|axis| axis.from == axis.to) {
-            // ONNX moves every element; ONNX Runtime, none
-            let agreed = axis.scale == 1.0 || ["align_corners", "tf_crop_and_resize"].contains(&&*method.coordinates);
-            need!(agreed, "a resize by {} that keeps the size, which runtimes do in different ways", axis.scale);
+        // a size of 4 times 1.1 rounds down to 4: by ONNX's definition the elements move all the same, ONNX Runtime copies them
+        if let Some(axis) = axes.iter().find(|axis| axis.from == axis.to && axis.scale != 1.0) {
+            return Err(format!(
+                "a resize by {} that leaves the size at {}, on which runtimes disagree",
+                axis.scale, axis.from
+            ));
         }
         axes.retain(|axis| axis.from != axis.to || axis.region != [0.0, 1.0]);
         if axes.is_empty() {
             return Ok(call.get(0).clone());
         }
+        let size = |side: fn(&Axis) -> usize| -> String {
+            axes.iter().map(|axis| side(axis).to_string()).collect::<Vec<_>>().join("×")
+        };
+        let (before, after) = (size(|axis| axis.from), size(|axis| axis.to));
         match call.get(0) {
+            // a graph that fits its table to any image takes every size, and only the table's own is not arbitrary
+            Value::Const(_) if self.guessed => Err(format!(
+                "a table is resized from {before} to {after} to fit the image, whose size the file leaves open: choose it with --img-size"
+            )),
             Value::Const(c) => {
                 resized(&c.array, &axes, &method, call.float("extrapolation_value", 0.0)?).map(Value::from)
             }
             Value::View(v) => {
-                let size = |side: fn(&Axis) -> usize| -> String {
-                    axes.iter().map(|axis| side(axis).to_string()).collect::<Vec<_>>().join("×")
-                };
-                let (before, after) = (size(|axis| axis.from), size(|axis| axis.to));
                 if self.pixels(v.e).is_none() {
                     return Err(format!(
                         "an activation is resized from {before} to {after}, as decoders of segmentation or depth models do: a ViT ends \

@@ -67,7 +67,8 @@ impl Builder {
     }
 
     fn walk(&self) -> Walk<'_> {
-        Walk::run(&self.graph, Setting { image: [1_000_003, 1, 4, 4], tolerance: 1e-5 }).expect("a walk")
+        Walk::run(&self.graph, Setting { image: [1_000_003, 1, 4, 4], tolerance: 1e-5, guessed: false })
+            .expect("a walk")
     }
 }
 
@@ -170,6 +171,23 @@ fn a_resize_drops_out_only_where_it_keeps_the_size() {
     for v in [moved, cropped] {
         assert!(matches!(walk.value(v), Value::Opaque(_)));
     }
+}
+
+#[test]
+fn a_table_is_resized_to_an_image_whose_size_is_known_alone() {
+    let mut b = Builder::new();
+    let (none, table) = (b.floats(&[0], &[]), b.floats(&[1, 1, 2, 2], &[1., 2., 3., 4.]));
+    let sizes = b.ints(&[1, 1, 4, 4]);
+    let fitted = b.node("Resize", &[table, none, none, sizes], &[("mode", Attr::Str("cubic".into()))]);
+    assert!(matches!(b.walk().value(fitted), Value::Const(c) if c.array.shape() == [1, 1, 4, 4]));
+    // every size that is tried would fit otherwise
+    let setting = Setting { image: [1_000_003, 1, 4, 4], tolerance: 1e-5, guessed: true };
+    let walk = Walk::run(&b.graph, setting).unwrap();
+    let Value::Opaque(k) = walk.value(fitted) else { panic!("{:?}", walk.value(fitted)) };
+    assert!(
+        walk.obstacles[*k as usize].why.contains("from 2×2 to 4×4")
+            && walk.obstacles[*k as usize].why.contains("--img-size")
+    );
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub struct Setting {
     pub image: [usize; 4],
     /// The relative error that a constant such as 1.702 may have.
     pub tolerance: f64,
+    /// The file leaves the size of the image open, and this one is tried.
+    pub guessed: bool,
 }
 
 /// A graph being walked.
@@ -37,6 +39,7 @@ pub struct Walk<'g> {
     /// Why the result only approximates the file, if it does.
     pub approximate: Vec<String>,
     pub(crate) batch: usize,
+    pub(super) guessed: bool,
     pub(super) values: Vec<Value>,
 }
 

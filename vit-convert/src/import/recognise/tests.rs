@@ -290,6 +290,34 @@ fn two_heads(b: &mut Builder, prefix: usize, at: [usize; 2]) -> View {
     View { e, dims, sel: None }
 }
 
+/// The class token and the mean of the patches behind each other, in either order, and a head.
+fn beside(b: &mut Builder, mean_first: bool, lo: usize, n: usize) -> View {
+    let e = b.trunk(1);
+    let e = b.norm(e);
+    let (class, mean) = (b.x.select(e, 0, 1).unwrap(), b.pool(e, PoolKind::Mean, lo, n));
+    let args = if mean_first { vec![mean, class] } else { vec![class, mean] };
+    let e = b.x.make(Op::Beside, args, vec![BATCH, 1, 2 * WIDTH]);
+    let logits = b.linear(e, 4, true);
+    pooled(b, logits)
+}
+
+#[test]
+fn a_class_token_beside_the_mean_of_the_patches() {
+    let columns = |mean_first: bool| {
+        let mut b = Builder::new();
+        let view = beside(&mut b, mean_first, 1, PATCHES);
+        let parts = parts(&b.x, &view, false, false).unwrap();
+        assert_eq!(parts.config.global_pool, Pool::TokenAvg);
+        assert!(parts.tensors.keys().eq(&tensor_names(&parts.config)));
+        parts.tensors["head.weight"].f64s()
+    };
+    // timm's order is the class token first; the other order exchanges the halves of the head's columns
+    for (row, turned) in columns(false).chunks(2 * WIDTH).zip(columns(true).chunks(2 * WIDTH)) {
+        assert_eq!(turned, [&row[WIDTH..], &row[..WIDTH]].concat());
+    }
+    refused(&[("tokens 2 to 7 are pooled, the patches are 1 to 7", |b| beside(b, false, 2, PATCHES - 1))]);
+}
+
 /// A pooled answer: the tokens' axis is gone.
 fn pooled(b: &Builder, e: Id) -> View {
     let View { e, mut dims, .. } = b.view(e);
@@ -477,6 +505,64 @@ fn the_trunk() {
             b.view(e)
         }),
     ]);
+}
+
+/// Blocks of which each has its own biases: of q, k and v together, the projection, fc1 and fc2.
+fn biased_trunk(b: &mut Builder, blocks: &[[bool; 4]]) -> View {
+    let mut e = b.tokens(1);
+    for &[qkv, proj, fc1, fc2] in blocks {
+        e = b.residual(e, |b, e| {
+            let [q, k, v] = [e; 3].map(|e| b.linear(e, WIDTH, qkv));
+            let scores = b.x.scores(q, k, b.heads);
+            let scaled = b.x.scale(scores, b.head_scale());
+            let shape = b.x.shape(scaled).to_vec();
+            let soft = b.x.make(Op::Softmax, vec![scaled], shape);
+            let mixed = b.x.attention(soft, v, b.heads).unwrap();
+            b.linear(mixed, WIDTH, proj)
+        });
+        e = b.residual(e, |b, e| {
+            let hidden = b.linear(e, b.hidden, fc1);
+            let act = b.x.act(b.act, hidden);
+            b.linear(act, WIDTH, fc2)
+        });
+    }
+    b.view(e)
+}
+
+/// `recognised` compares the names with those of timm's model; what no block has, timm's switches leave out.
+#[test]
+fn any_bias_may_be_absent_in_any_block() {
+    let zero = |p: &Parts, name: &str| p.tensors[name].uniform() == Some(0.0);
+    for k in 0..256usize {
+        let bits: Vec<bool> = (0..8).map(|at| k >> at & 1 == 1).collect();
+        let blocks = [[bits[0], bits[1], bits[2], bits[3]], [bits[4], bits[5], bits[6], bits[7]]];
+        let mut b = Builder::new();
+        let view = biased_trunk(&mut b, &blocks);
+        let parts = parts(&b.x, &view, false, false).unwrap_or_else(|r| panic!("{blocks:?}: {}", r.why));
+        let (qkv, proj) = (blocks.iter().any(|b| b[0]), blocks.iter().any(|b| b[1] || b[2] || b[3]));
+        assert_eq!((parts.config.qkv_bias, parts.config.proj_bias), (qkv, proj), "{blocks:?}");
+        assert!(parts.tensors.keys().eq(&tensor_names(&parts.config)), "{blocks:?}");
+        for (at, block) in blocks.iter().enumerate() {
+            for (name, has) in ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"].iter().zip(block) {
+                let name = format!("blocks.{at}.{name}.bias");
+                assert!(!parts.tensors.contains_key(&name) || zero(&parts, &name) != *has, "{blocks:?}: {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_norm_may_have_a_bias_without_a_weight() {
+    let mut b = Builder::new();
+    let e = b.trunk(1);
+    let shape = b.x.shape(e).to_vec();
+    let bare = b.x.make(Op::Norm { eps: Number(1e-6), gain: None, bias: None, group: WIDTH }, vec![e], shape);
+    let bias = b.array(&[1, 1, WIDTH]);
+    let e = b.x.add_c(bare, &bias).unwrap();
+    let view = b.view(e);
+    let parts = parts(&b.x, &view, false, false).unwrap();
+    assert_eq!(parts.tensors["norm.weight"].uniform(), Some(1.0));
+    assert_eq!(parts.tensors["norm.bias"].f64s(), bias.f64s());
 }
 
 fn one_block(

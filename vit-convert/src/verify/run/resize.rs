@@ -35,6 +35,9 @@ pub(super) fn resize(call: &mut Call<'_>) -> Res<Value> {
         None => (0..v.rank()).collect(),
     };
     let crop = transform == "tf_crop_and_resize";
+    if crop && roi.is_none() {
+        return Err("crops a region that it does not name".into());
+    }
     for (i, &axis) in axes.iter().enumerate() {
         let n = v.dims[axis];
         let of = |list: &Option<Vec<f64>>, i: usize| list.as_ref().and_then(|list| list.get(i)).copied();
@@ -48,11 +51,7 @@ pub(super) fn resize(call: &mut Call<'_>) -> Res<Value> {
         if !(m >= 1.0 && m <= f64::from(1 << 24)) || n == 0 {
             return Err(format!("resizes axis {axis} of {:?} to {m}", v.dims));
         }
-        if m == n as f64 && (!crop || (start, end) == (0.0, 1.0)) {
-            if !crop && scale != 1.0 && transform != "align_corners" {
-                // ONNX moves every element; ONNX Runtime, none
-                return Err(format!("there is no rule for a resize by {scale} that keeps the size"));
-            }
+        if m == n as f64 && scale == 1.0 && (!crop || (start, end) == (0.0, 1.0)) {
             continue;
         }
         if mode == "nearest" && early && scale < 1.0 {

@@ -80,8 +80,8 @@ fn biases_that_a_class_of_transformers_always_has_are_written_as_zeros() {
         let x = candle_core::Tensor::randn(0f32, 1.0, (1, 3, 32, 32), &Device::Cpu).unwrap();
         let [one, two] =
             [&model, &read].map(|m| m.forward(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap());
-        // a layer with a bias sums in another order
+        // a bias is one more column of the product, whose sums are then in another order
         let far = one.iter().zip(&two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(one.len() == two.len() && far < 1e-6, "{name}: {far}");
+        assert!(far < 1e-6, "{name}: {far:e}");
     }
 }
