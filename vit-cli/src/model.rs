@@ -62,11 +62,10 @@ pub fn checkpoint(model: &OsStr) -> anyhow::Result<Checkpoint> {
 
 /// A graph, at the size of the command line if it leaves its size open, and otherwise at its own.
 fn onnx(path: &Path) -> anyhow::Result<Checkpoint> {
-    let checkpoint = vit_convert::open(path)?;
-    let open = checkpoint.info.source.assumed().iter().any(|assumed| assumed.starts_with("img_size:"));
+    let options = vit_convert::Options::new();
     Ok(match opening().img_size {
-        Some(img_size) if open => vit_convert::open_with(path, &vit_convert::Options::new().img_size(img_size))?,
-        _ => checkpoint,
+        Some(img_size) => vit_convert::open_with(path, &options.img_size_if_open(img_size))?,
+        None => vit_convert::open(path)?,
     })
 }
 

@@ -85,6 +85,22 @@ pub fn json_pretty(value: &impl serde::Serialize) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)?.replace('\u{7f}', "\\u007f"))
 }
 
+/// A label in at most `length` characters.
+pub fn short(label: &str, length: usize) -> String {
+    if label.chars().count() <= length {
+        return label.into();
+    }
+    label.chars().take(length.saturating_sub(1)).collect::<String>() + "…"
+}
+
+/// Rows of CSV as text.
+pub fn csv(fill: impl FnOnce(&mut csv::Writer<Vec<u8>>) -> csv::Result<()>) -> anyhow::Result<String> {
+    let mut rows = csv::Writer::from_writer(Vec::new());
+    fill(&mut rows)?;
+    let bytes = rows.into_inner().map_err(csv::IntoInnerError::into_error)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 /// Formats a number like Python's `format(value, ".3")`: three significant digits, at least one digit after the point, and an
 /// exponent for magnitudes from 100 on and below 0.0001.
 pub fn python_3(value: f64) -> String {

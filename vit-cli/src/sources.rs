@@ -93,7 +93,7 @@ impl Source {
     }
 
     /// `NAME: why`, unless the reason begins with the name already.
-    pub fn name_once(&self, why: &str) -> String {
+    fn name_once(&self, why: &str) -> String {
         let name = show(self.name());
         let plain = Path::new(self.name()).display().to_string();
         if why.starts_with(&format!("{name}: ")) {
@@ -139,55 +139,64 @@ impl Iterator for Sources {
     }
 }
 
-/// Sources on their way to the library. They wait in a queue for their answers, which come in the same order; the library
-/// reads ahead by two batches, so the queue stays short.
-pub struct Inputs {
-    sources: Sources,
-    waiting: Rc<RefCell<VecDeque<Source>>>,
+/// Sources on their way to the library, each with what the command knows of it. They wait in a queue for their answers, which
+/// come in the same order; the library reads ahead by two batches, so the queue stays short.
+pub struct Inputs<'s, K> {
+    sources: Box<dyn Iterator<Item = (Source, K)> + 's>,
+    waiting: Rc<RefCell<VecDeque<(Source, K)>>>,
 }
 
-impl Iterator for Inputs {
+impl<K> Iterator for Inputs<'_, K> {
     type Item = Result<Input<'static>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let source = self.sources.next()?;
+        let (source, known) = self.sources.next()?;
         let input = source.input();
-        self.waiting.borrow_mut().push_back(source);
+        self.waiting.borrow_mut().push_back((source, known));
         Some(input)
     }
 }
 
-/// Asks the library about every image, and hands each answer, or why there is none, to `write`, in order. Failures are also
-/// reported on stderr.
+/// Asks the library about every image of the command line, as [`answer_each`] does.
 pub fn answer_all<T, A: Iterator<Item = Result<T>>>(
     model: &OsStr,
     args: &ImageArgs,
-    ask: impl FnOnce(Inputs) -> A,
+    ask: impl FnOnce(Inputs<'static, ()>) -> A,
     mut write: impl FnMut(&Source, std::result::Result<T, &str>) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
+    let sources = Sources::new(args.files.clone()).map(|source| (source, ()));
+    answer_each(model, sources, ask, |source, (), answer| write(&source, answer))
+}
+
+/// Asks the library about every image, and hands each answer, or why there is none, to `write`, in order. Failures are also
+/// reported on stderr.
+pub fn answer_each<'s, K: 's, T, A: Iterator<Item = Result<T>>>(
+    model: &OsStr,
+    sources: impl Iterator<Item = (Source, K)> + 's,
+    ask: impl FnOnce(Inputs<'s, K>) -> A,
+    mut write: impl FnMut(Source, K, std::result::Result<T, &str>) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
     let waiting = Rc::new(RefCell::new(VecDeque::new()));
-    let answers = ask(Inputs { sources: Sources::new(args.files.clone()), waiting: waiting.clone() });
+    let answers = ask(Inputs { sources: Box::new(sources), waiting: waiting.clone() });
     let progress = progress_bar();
     let mut outcome = Outcome::Good;
     for answer in answers {
-        let source = waiting.borrow_mut().pop_front();
-        let why = match (answer, &source) {
-            (Ok(answer), Some(source)) => {
-                write(source, Ok(answer))?;
-                progress.inc(1);
-                continue;
+        let next = waiting.borrow_mut().pop_front();
+        match (answer, next) {
+            (Ok(answer), Some((source, known))) => write(source, known, Ok(answer))?,
+            (Err(error @ (Error::Image { .. } | Error::Output(_))), Some((source, known))) => {
+                let why = error.to_string();
+                let named = source.name_once(&why);
+                // a record of an image repeats its name in the reason, as stderr does
+                let why = if matches!(error, Error::Image { .. }) { &named } else { &why };
+                write(source, known, Err(why))?;
+                progress.suspend(|| complain(&named));
+                outcome = Outcome::Failed;
             }
-            (Err(error @ Error::Image { .. }), Some(source)) => source.name_once(&error.to_string()),
-            (Err(error @ Error::Output(_)), Some(_)) => error.to_string(),
             // a model whose weights are read as they are needed may turn out to be damaged here
             (Err(error), _) => return Err(open::named(model, error)),
             (Ok(_), None) => break,
-        };
-        if let Some(source) = &source {
-            write(source, Err(&why))?;
-            progress.suspend(|| complain(&source.name_once(&why)));
         }
-        outcome = Outcome::Failed;
         progress.inc(1);
     }
     progress.finish_and_clear();
@@ -195,7 +204,7 @@ pub fn answer_all<T, A: Iterator<Item = Result<T>>>(
 }
 
 /// A count of images on stderr, if that is a terminal and the answers go elsewhere.
-pub fn progress_bar() -> ProgressBar {
+fn progress_bar() -> ProgressBar {
     if std::io::stderr().is_terminal() && !std::io::stdout().is_terminal() {
         ProgressBar::new_spinner().with_style(ProgressStyle::with_template("{pos} images, {per_sec}").unwrap_or_else(
             |_| {

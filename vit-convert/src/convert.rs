@@ -10,7 +10,8 @@ use vit_model::{
 };
 
 use crate::{
-    Error, Imported, Result, import,
+    Error, Imported, Result,
+    import::{self, Wanted},
     neighbours::{self, Neighbours},
     onnx::{self, stored::StoredFile},
     quantise, verify,
@@ -25,7 +26,7 @@ use crate::{
 pub struct Options {
     labels: Option<Vec<String>>,
     preprocess: Option<PreprocessConfig>,
-    img_size: Option<[usize; 2]>,
+    img_size: Option<Wanted>,
     output: Option<String>,
     verify: Verify,
 }
@@ -67,7 +68,14 @@ impl Options {
     /// The image size in pixels, `[height, width]`, if the file leaves it open.
     #[must_use]
     pub fn img_size(mut self, img_size: [usize; 2]) -> Self {
-        self.img_size = Some(img_size);
+        self.img_size = Some(Wanted { size: img_size, required: true });
+        self
+    }
+
+    /// As [`img_size`](Self::img_size), but a file with a size of its own keeps it; [`Checkpoint::resized`] changes that.
+    #[must_use]
+    pub fn img_size_if_open(mut self, img_size: [usize; 2]) -> Self {
+        self.img_size = Some(Wanted { size: img_size, required: false });
         self
     }
 

@@ -51,10 +51,7 @@ impl Subset {
 
     /// The names of its classes, in class order.
     pub fn labels(self) -> Vec<String> {
-        let mut text = String::new();
-        // the data are part of the program; a test reads them
-        let read = GzDecoder::new(SYNSETS).read_to_string(&mut text);
-        debug_assert!(read.is_ok());
+        let text = text();
         let (mut first, mut rest) = (Vec::new(), Vec::new());
         for (_, subsets, word) in lines(&text) {
             let has = |subset: Self| subsets.checked_shr(subset.bit).is_some_and(|bits| bits & 1 == 1);
@@ -72,8 +69,7 @@ pub fn words(names: &[String]) -> Option<Vec<String>> {
     if names.is_empty() || !names.iter().all(|name| is_synset(name)) {
         return None;
     }
-    let mut text = String::new();
-    GzDecoder::new(SYNSETS).read_to_string(&mut text).ok()?;
+    let text = text();
     let words: std::collections::HashMap<&str, &str> = lines(&text).map(|(synset, _, word)| (synset, word)).collect();
     names.iter().map(|name| words.get(name.as_str()).map(|&word| word.to_owned())).collect()
 }
@@ -81,6 +77,15 @@ pub fn words(names: &[String]) -> Option<Vec<String>> {
 /// Whether a label is a synset number such as `n01440764`.
 pub fn is_synset(name: &str) -> bool {
     name.len() == 9 && name.strip_prefix('n').is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// `SYNSETS`, unpacked.
+fn text() -> String {
+    let mut text = String::new();
+    // the data are part of the program; a test reads them
+    let read = GzDecoder::new(SYNSETS).read_to_string(&mut text);
+    debug_assert!(read.is_ok());
+    text
 }
 
 /// A synset, the subsets that contain it, and its word.

@@ -162,18 +162,17 @@ fn gpu(found: &mut Found) {
         found.fact("none", "this build supports no GPU (cargo install --features cuda, or metal)");
         return;
     }
-    for device in [(cfg!(feature = "cuda"), Device::Cuda(0)), (cfg!(feature = "metal"), Device::Metal(0))] {
-        if let (true, device) = device {
-            let state = device.to_candle().map_or_else(|error| escape(&error.to_string()), |_| "can be used".into());
-            found.fact(device.to_string(), state);
-        }
+    let built = [(cfg!(feature = "cuda"), Device::Cuda(0)), (cfg!(feature = "metal"), Device::Metal(0))];
+    for (_, device) in built.into_iter().filter(|(built, _)| *built) {
+        let state = device.to_candle().map_or_else(|error| escape(&error.to_string()), |_| "can be used".into());
+        found.fact(device.to_string(), state);
     }
 }
 
 #[cfg(feature = "hub")]
 fn hub(found: &mut Found, offline: bool) {
     found.topic("Hub");
-    let options = match HubOptions::from_env() {
+    let mut options = match HubOptions::from_env() {
         Ok(options) => options,
         Err(error) => return found.fact("cache", escape(&error.to_string())),
     };
@@ -182,7 +181,6 @@ fn hub(found: &mut Found, offline: bool) {
         "token",
         if options.token.is_some() { "there is one" } else { "none, which public repositories do not need" },
     );
-    let mut options = options;
     options.offline |= offline;
     // a question on the first minute should not take ten seconds
     options.patience = options.patience.min(std::time::Duration::from_secs(3));

@@ -6,7 +6,7 @@ use vit_model::candle::Device;
 use vit_model::text::normalized;
 
 use crate::args::{EmbedArgs, EmbedFormat, Layer};
-use crate::output::{Stdout, cell, json_line, name};
+use crate::output::{Stdout, cell, csv, json_line, name};
 use crate::sources::{Source, answer_all};
 use crate::{Outcome, model, open, save};
 
@@ -152,15 +152,15 @@ impl Text {
     /// `file,0,1,…`; a failed image has no row here, stderr names it.
     fn csv(&mut self, name: &str, vector: Result<&[f32], &str>) -> anyhow::Result<String> {
         let Ok(vector) = vector else { return Ok(String::new()) };
-        let mut rows = csv::Writer::from_writer(Vec::new());
-        if !std::mem::replace(&mut self.header, true) {
-            let columns = (0..vector.len()).map(|i| i.to_string());
-            rows.write_record([self.key.to_owned()].into_iter().chain(columns))?;
-        }
-        let values = vector.iter().map(f32::to_string);
-        rows.write_record([name.to_owned()].into_iter().chain(values))?;
-        let rows = rows.into_inner().map_err(|e| anyhow::anyhow!("{e}"))?;
-        Ok(String::from_utf8_lossy(&rows).into_owned())
+        let header = !std::mem::replace(&mut self.header, true);
+        csv(|rows| {
+            if header {
+                let columns = (0..vector.len()).map(|i| i.to_string());
+                rows.write_record([self.key.to_owned()].into_iter().chain(columns))?;
+            }
+            let values = vector.iter().map(f32::to_string);
+            rows.write_record([name.to_owned()].into_iter().chain(values))
+        })
     }
 
     fn end(&self) -> &'static str {

@@ -7,7 +7,7 @@ use vit_model::labels::Prediction;
 use vit_model::text::DEFAULT_TEMPLATE;
 
 use crate::args::{PredictArgs, PredictFormat, WordArgs};
-use crate::output::{Stdout, cell, escape, json_line, line, name, prediction, python_3, show};
+use crate::output::{Stdout, cell, csv, escape, json_line, line, name, prediction, python_3, show};
 use crate::sources::{Source, answer_all};
 use crate::{Outcome, complain, open};
 
@@ -154,10 +154,7 @@ impl Printer {
     }
 
     fn csv(&mut self, fields: &[&str]) -> anyhow::Result<()> {
-        let mut row = csv::Writer::from_writer(Vec::new());
-        row.write_record(fields)?;
-        let row = row.into_inner().map_err(|e| anyhow::anyhow!("{e}"))?;
-        self.out.write(&String::from_utf8_lossy(&row))
+        self.out.write(&csv(|rows| rows.write_record(fields))?)
     }
 
     fn finish(&mut self) -> anyhow::Result<()> {

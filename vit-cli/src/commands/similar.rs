@@ -6,7 +6,7 @@ use vit_model::candle::Device;
 use vit_model::similar::Index;
 
 use crate::args::{SimilarArgs, SimilarFormat, orientation};
-use crate::output::{Stdout, json_line, recovered, show};
+use crate::output::{Stdout, csv, json_line, recovered, show};
 use crate::sheet::{self, Entry};
 use crate::sources::Source;
 use crate::{complain, model, open, save};
@@ -112,15 +112,15 @@ fn print(format: SimilarFormat, found: &[Found<'_>]) -> anyhow::Result<()> {
             }
         }
         SimilarFormat::Csv => {
-            let mut rows = csv::Writer::from_writer(Vec::new());
             let pairs = found.iter().any(|found| found.other.is_some());
-            rows.write_record(if pairs { &["file", "other", "similarity"][..] } else { &["file", "similarity"] })?;
-            for found in found {
-                let names = [Some(found.name), found.other].into_iter().flatten().map(str::to_owned);
-                rows.write_record(names.chain([found.similarity.to_string()]))?;
-            }
-            let rows = rows.into_inner().map_err(|error| anyhow::anyhow!("{error}"))?;
-            out.write(&String::from_utf8_lossy(&rows))?;
+            out.write(&csv(|rows| {
+                rows.write_record(if pairs { &["file", "other", "similarity"][..] } else { &["file", "similarity"] })?;
+                for found in found {
+                    let names = [Some(found.name), found.other].into_iter().flatten().map(str::to_owned);
+                    rows.write_record(names.chain([found.similarity.to_string()]))?;
+                }
+                Ok(())
+            })?)?;
         }
     }
     out.flush()

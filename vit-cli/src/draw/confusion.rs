@@ -5,7 +5,8 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{Color as _, FontTransform, RGBColor, WHITE};
 use vit_model::metrics::Confusion;
 
-use super::{FAINT, INK, failed, font, png, short};
+use super::{FAINT, INK, failed, font, png};
+use crate::output::short;
 
 /// Most classes whose cells contain their number.
 const NUMBERED: usize = 30;

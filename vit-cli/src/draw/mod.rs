@@ -58,11 +58,3 @@ fn font<'a>(size: f64, colour: RGBColor) -> TextStyle<'a> {
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("the picture cannot be drawn: {error}")
 }
-
-/// A label in at most `length` characters.
-fn short(label: &str, length: usize) -> String {
-    if label.chars().count() <= length {
-        return label.into();
-    }
-    label.chars().take(length.saturating_sub(1)).collect::<String>() + "…"
-}

@@ -24,7 +24,7 @@ use crate::import::spec::{Imports, InputSpec, Module, OutputSpec, provenance};
 use crate::onnx::graph::{Attr, DType, Graph, Node, Tensor};
 use crate::{Error, Result};
 
-/// Stands in for a dynamic batch: primes larger than any other size, so that no reshape can confuse the batch with
+/// The sizes that replace a dynamic batch: primes larger than any other size, so that no reshape can confuse the batch with
 /// another axis. The graph is walked with both, which must give the same model.
 const BATCHES: [usize; 2] = [1_000_003, 1_000_033];
 
@@ -37,8 +37,8 @@ const WORK_LIMIT: usize = 8_000_000;
 /// Operator sets that the rules cover.
 const OPSETS: std::ops::RangeInclusive<i64> = 7..=26;
 
-/// Recovers a ViT from a graph: its configuration, and its tensors under timm's names. `img_size`, `[height, width]`, is for
-/// graphs that leave it open; `output` names the answer if the graph has several.
+/// Recovers a ViT from a graph: its configuration, and its tensors under timm's names. `img_size` is for graphs that
+/// leave it open; `output` names the answer if the graph has several.
 ///
 /// Large weights are not read here; [`vit_model::weights::Weights::read`] reads them from the file.
 ///
@@ -46,7 +46,7 @@ const OPSETS: std::ops::RangeInclusive<i64> = 7..=26;
 ///
 /// Refuses every graph that is not exactly a ViT of this family, and names the first node that does not fit; a size that the
 /// graph does not accept.
-pub fn import(graph: &Graph, img_size: Option<[usize; 2]>, output: Option<&str>) -> Result<Imported> {
+pub fn import(graph: &Graph, img_size: Option<Wanted>, output: Option<&str>) -> Result<Imported> {
     let [input] = &graph.inputs[..] else {
         return Err(Error::graph(match graph.inputs.len() {
             0 => "the graph has no input".into(),
@@ -194,12 +194,20 @@ fn patch_kernel(graph: &Graph) -> Option<[usize; 4]> {
     })
 }
 
+/// The size of images, `[height, width]`, that somebody asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    pub size: [usize; 2],
+    /// Whether a graph with a size of its own is refused, or keeps it.
+    pub required: bool,
+}
+
 /// The image sizes to try, in the graph's axis order, and what was assumed.
 fn images(
     graph: &Graph,
     dims: [Option<usize>; 4],
     kernel: Option<[usize; 4]>,
-    wanted: Option<[usize; 2]>,
+    wanted: Option<Wanted>,
 ) -> Result<(Vec<[usize; 4]>, Vec<String>)> {
     let channels = kernel.map_or(3, |k| k[1]);
     let last = dims[3] == Some(channels) && dims[1] != Some(channels);
@@ -211,11 +219,13 @@ fn images(
         out[w] = width;
         out
     };
-    if let Some([height, width]) = wanted {
-        if dims[h].is_some_and(|n| n != height) || dims[w].is_some_and(|n| n != width) {
+    if let Some(Wanted { size: [height, width], required }) = wanted {
+        if dims[h].is_none_or(|n| n == height) && dims[w].is_none_or(|n| n == width) {
+            return Ok((vec![make(height, width)], Vec::new()));
+        }
+        if required {
             return Err(Error::graph(format!("--img-size {height}x{width}: the graph takes images of {dims:?} only")));
         }
-        return Ok((vec![make(height, width)], Vec::new()));
     }
     if let (Some(height), Some(width)) = (dims[h], dims[w]) {
         return Ok((vec![make(height, width)], Vec::new()));

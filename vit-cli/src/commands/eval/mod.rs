@@ -59,7 +59,7 @@ pub fn run(args: &EvalArgs, verbose: bool) -> anyhow::Result<Outcome> {
         };
         compared = Some(Compared { name, top1: run.tally.evaluation().top1, per_second: run.per_second(), paired });
     }
-    let outcome = if evaluated.failed == 0 { Outcome::Good } else { Outcome::Failed };
+    let outcome = if evaluated.failed() == 0 { Outcome::Good } else { Outcome::Failed };
     let report = Report::new(args, &first.names, evaluated, compared);
     if let Some(folder) = &args.output {
         report.write(folder, args)?;

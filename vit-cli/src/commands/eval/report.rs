@@ -10,7 +10,7 @@ use vit_model::metrics::{Evaluation, Paired, Scores};
 
 use super::run::{Mistake, Run};
 use crate::args::EvalArgs;
-use crate::output::{cell, escape, json_pretty, name, show};
+use crate::output::{cell, csv, escape, json_pretty, name, short, show};
 use crate::sheet::{self, Entry};
 use crate::{draw, save};
 
@@ -48,7 +48,7 @@ pub struct Compared {
 impl<'a> Report<'a> {
     pub fn new(args: &'a EvalArgs, labels: &'a [String], run: Run, compared: Option<Compared>) -> Self {
         let (evaluation, per_second) = (run.tally.evaluation(), run.per_second());
-        Self { args, labels, evaluation, mistakes: run.mistakes, failed: run.failed, per_second, compared }
+        Self { args, labels, evaluation, failed: run.failed(), mistakes: run.mistakes, per_second, compared }
     }
 
     fn label(&self, class: usize) -> String {
@@ -120,7 +120,7 @@ impl<'a> Report<'a> {
         let classes: Vec<usize> = self.occurring().into_iter().map(|(class, _)| class).collect();
         let mut out = String::new();
         if classes.len() <= MATRIX {
-            let heads: Vec<String> = classes.iter().map(|&c| shortened(&self.label(c), 8)).collect();
+            let heads: Vec<String> = classes.iter().map(|&c| short(&self.label(c), 8)).collect();
             let heads: Vec<&str> = ["true ↓  answer →"].into_iter().chain(heads.iter().map(String::as_str)).collect();
             let mut table = table(&heads);
             for &truth in &classes {
@@ -224,12 +224,12 @@ impl<'a> Report<'a> {
         let file = |name: &str, content: &[u8]| save::file(&folder.join(name), |out| Ok(out.write_all(content)?));
         let e = &self.evaluation;
         file("results.json", (json_pretty(&self.json())? + "\n").as_bytes())?;
-        file("classes.csv", &self.classes_csv()?)?;
-        file("confusion_matrix.csv", &self.confusion_csv()?)?;
+        file("classes.csv", self.classes_csv()?.as_bytes())?;
+        file("confusion_matrix.csv", self.confusion_csv()?.as_bytes())?;
         file("confusion_matrix.png", &draw::confusion(&e.confusion, self.labels, false)?)?;
         file("confusion_matrix_normalized.png", &draw::confusion(&e.confusion, self.labels, true)?)?;
         file("reliability.png", &draw::reliability(e)?)?;
-        file("mistakes.csv", &self.mistakes_csv()?)?;
+        file("mistakes.csv", self.mistakes_csv()?.as_bytes())?;
         let entry = |m: &Mistake| Entry {
             source: m.source.clone(),
             lines: vec![
@@ -247,39 +247,42 @@ impl<'a> Report<'a> {
         Ok(())
     }
 
-    fn classes_csv(&self) -> anyhow::Result<Vec<u8>> {
-        let mut rows = csv::Writer::from_writer(Vec::new());
-        rows.write_record(["class", "label", "precision", "recall", "f1", "images", "predicted"])?;
-        for (class, s) in self.occurring() {
-            let label = self.labels.get(class).cloned().unwrap_or_default();
-            let numbers = [s.precision, s.recall, s.f1].map(|value| value.to_string());
-            let counts = [s.support, s.predicted].map(|count| count.to_string());
-            rows.write_record([class.to_string(), label].into_iter().chain(numbers).chain(counts))?;
-        }
-        rows.into_inner().map_err(|error| anyhow::anyhow!("{error}"))
+    fn classes_csv(&self) -> anyhow::Result<String> {
+        csv(|rows| {
+            rows.write_record(["class", "label", "precision", "recall", "f1", "images", "predicted"])?;
+            for (class, s) in self.occurring() {
+                let label = self.labels.get(class).cloned().unwrap_or_default();
+                let numbers = [s.precision, s.recall, s.f1].map(|value| value.to_string());
+                let counts = [s.support, s.predicted].map(|count| count.to_string());
+                rows.write_record([class.to_string(), label].into_iter().chain(numbers).chain(counts))?;
+            }
+            Ok(())
+        })
     }
 
-    fn confusion_csv(&self) -> anyhow::Result<Vec<u8>> {
-        let mut rows = csv::Writer::from_writer(Vec::new());
+    fn confusion_csv(&self) -> anyhow::Result<String> {
         let classes = 0..self.evaluation.confusion.classes();
         let label = |class: usize| self.labels.get(class).cloned().unwrap_or_else(|| class.to_string());
-        rows.write_record(["true class".to_owned()].into_iter().chain(classes.clone().map(label)))?;
-        for truth in classes.clone() {
-            let counts = classes.clone().map(|answer| self.evaluation.confusion.get(truth, answer).to_string());
-            rows.write_record([label(truth)].into_iter().chain(counts))?;
-        }
-        rows.into_inner().map_err(|error| anyhow::anyhow!("{error}"))
+        csv(|rows| {
+            rows.write_record(["true class".to_owned()].into_iter().chain(classes.clone().map(label)))?;
+            for truth in classes.clone() {
+                let counts = classes.clone().map(|answer| self.evaluation.confusion.get(truth, answer).to_string());
+                rows.write_record([label(truth)].into_iter().chain(counts))?;
+            }
+            Ok(())
+        })
     }
 
-    fn mistakes_csv(&self) -> anyhow::Result<Vec<u8>> {
-        let mut rows = csv::Writer::from_writer(Vec::new());
-        rows.write_record(["file", "label", "answer", "probability", "probability_of_label"])?;
-        for m in &self.mistakes {
-            let labels = [m.truth, m.answer].map(|class| self.label(class));
-            let numbers = [m.confidence, m.of_truth].map(|p| p.to_string());
-            rows.write_record([cell(m.source.name())].into_iter().chain(labels).chain(numbers))?;
-        }
-        rows.into_inner().map_err(|error| anyhow::anyhow!("{error}"))
+    fn mistakes_csv(&self) -> anyhow::Result<String> {
+        csv(|rows| {
+            rows.write_record(["file", "label", "answer", "probability", "probability_of_label"])?;
+            for m in &self.mistakes {
+                let labels = [m.truth, m.answer].map(|class| self.label(class));
+                let numbers = [m.confidence, m.of_truth].map(|p| p.to_string());
+                rows.write_record([cell(m.source.name())].into_iter().chain(labels).chain(numbers))?;
+            }
+            Ok(())
+        })
     }
 }
 
@@ -292,12 +295,4 @@ fn table(heads: &[&str]) -> Table {
         column.set_padding((0, 2)).set_cell_alignment(alignment);
     }
     table
-}
-
-fn shortened(label: &str, length: usize) -> String {
-    if label.chars().count() <= length {
-        label.into()
-    } else {
-        label.chars().take(length - 1).collect::<String>() + "…"
-    }
 }

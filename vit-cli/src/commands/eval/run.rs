@@ -1,22 +1,20 @@
 //! A model's answers for every image, counted as they come.
 
-use std::cell::RefCell;
 use std::cmp::Ordering;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 use std::ffi::OsStr;
 use std::path::Path;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use vit_model::labels::Prediction;
 use vit_model::metrics::Tally;
-use vit_model::predictor::{Input, ZeroShot};
-use vit_model::{Error, Predictor, Result};
+use vit_model::predictor::ZeroShot;
+use vit_model::{Predictor, Result};
 
 use super::truth::Truth;
 use crate::args::EvalArgs;
-use crate::sources::{Source, progress_bar};
-use crate::{complain, open};
+use crate::complain;
+use crate::sources::{Inputs, Source, answer_each};
 
 /// A model with its classes: its own, or words.
 pub struct Classifier<'p> {
@@ -58,7 +56,7 @@ impl<'p> Classifier<'p> {
 
     fn classify_all<'a>(
         &'a self,
-        inputs: impl Iterator<Item = Result<Input<'static>>> + 'a,
+        inputs: Inputs<'a, usize>,
         batch: usize,
     ) -> Box<dyn Iterator<Item = Result<Vec<Prediction>>> + 'a> {
         let all = self.names.len();
@@ -76,8 +74,6 @@ pub struct Run {
     pub right: Vec<Option<bool>>,
     /// The worst mistakes, the worst first.
     pub mistakes: Vec<Mistake>,
-    /// Images that could not be read.
-    pub failed: usize,
     took: Duration,
 }
 
@@ -127,50 +123,39 @@ impl Run {
     /// Classifies every image of `truth`.
     pub fn of(classifier: &Classifier<'_>, model: &OsStr, truth: &Truth, args: &EvalArgs) -> anyhow::Result<Self> {
         let mut tally = Tally::new(classifier.names.len())?;
-        let (mut right, mut worst, mut failed) = (Vec::new(), BinaryHeap::new(), 0);
-        let waiting: Rc<RefCell<VecDeque<(Source, usize)>>> = Rc::default();
-        let queue = waiting.clone();
-        let inputs = truth.images()?.map(move |(source, class)| {
-            let input = source.input();
-            queue.borrow_mut().push_back((source, class));
-            input
-        });
-        let progress = progress_bar();
+        let (mut right, mut worst) = (Vec::new(), BinaryHeap::new());
         let start = Instant::now();
-        for answer in classifier.classify_all(inputs, args.batch.into()) {
-            let next = waiting.borrow_mut().pop_front();
-            match (answer, next) {
-                (Ok(predictions), Some((source, truth))) => {
-                    tally.add(truth, &predictions)?;
-                    let Some(best) = predictions.first() else { continue };
-                    right.push(Some(best.class == truth));
-                    if best.class != truth {
-                        let of_truth = predictions.iter().find(|p| p.class == truth).map_or(0.0, |p| p.probability);
-                        let (answer, confidence) = (best.class, best.probability);
-                        worst.push(Least(Mistake { source, truth, answer, confidence, of_truth }, right.len()));
-                        if worst.len() > args.mistakes as usize {
-                            worst.pop();
-                        }
-                    }
+        let ask = |inputs| classifier.classify_all(inputs, args.batch.into());
+        answer_each(model, truth.images()?, ask, |source, truth, answer| {
+            let Ok(predictions) = answer else {
+                right.push(None);
+                return Ok(());
+            };
+            tally.add(truth, &predictions)?;
+            let Some(best) = predictions.first() else { return Ok(()) };
+            right.push(Some(best.class == truth));
+            if best.class != truth {
+                let of_truth = predictions.iter().find(|p| p.class == truth).map_or(0.0, |p| p.probability);
+                let (answer, confidence) = (best.class, best.probability);
+                worst.push(Least(Mistake { source, truth, answer, confidence, of_truth }, right.len()));
+                if worst.len() > args.mistakes as usize {
+                    worst.pop();
                 }
-                (Err(error @ (Error::Image { .. } | Error::Output(_))), Some((source, _))) => {
-                    progress.suspend(|| complain(&source.name_once(&error.to_string())));
-                    right.push(None);
-                    failed += 1;
-                }
-                (Err(error), _) => return Err(open::named(model, error)),
-                (Ok(_), None) => break,
             }
-            progress.inc(1);
-        }
-        progress.finish_and_clear();
+            Ok(())
+        })?;
         let mistakes = worst.into_sorted_vec().into_iter().map(|Least(mistake, _)| mistake).collect();
-        Ok(Self { tally, right, mistakes, failed, took: start.elapsed() })
+        Ok(Self { tally, right, mistakes, took: start.elapsed() })
     }
 
     /// Images that were classified.
     pub fn images(&self) -> usize {
-        self.right.len() - self.failed
+        self.right.iter().flatten().count()
+    }
+
+    /// Images that could not be read, or for which the model has no answer.
+    pub fn failed(&self) -> usize {
+        self.right.len() - self.images()
     }
 
     /// Images per second, reading and preparing included.

@@ -1,4 +1,4 @@
-//! Which class each image has: from the folder it lies in, or from a table.
+//! The class of each image, from the name of its folder or from a table.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
