@@ -200,7 +200,7 @@ fn no_output_replaces_a_file_that_the_conversion_reads_or_writes() {
     let args = ["model.onnx", "m.safetensors", "--report", "link"];
     let (code, said) = run(vit_convert().args(args).current_dir(folder.path()));
     assert!(code == Some(2) && said.contains("twice"), "{said}");
-    // and what is neither is written
+    // a third name is written
     let args = ["model.onnx", "m.safetensors", "--report", "r.json"];
     let (code, said) = run(vit_convert().args(args).current_dir(folder.path()));
     assert!(code == Some(0) && at("r.json").is_file(), "{said}");

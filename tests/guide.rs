@@ -1,8 +1,8 @@
 //! The README and the guide: every command in them runs, every link leads somewhere.
 //!
 //! A block of ```` ```console ```` is run line by line unless the line above it is a comment `<!-- not run: WHY -->`. A line that
-//! begins with `$ ` is a command; the lines after it are what it prints, where `…` stands for any lines. A command without such
-//! lines only has to succeed.
+//! begins with `$ ` is a command; the lines after it are its output, in which `…` matches any number of lines. A command
+//! without such lines only has to succeed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

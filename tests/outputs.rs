@@ -182,7 +182,7 @@ fn no_command_replaces_a_file_that_it_reads() {
             let _ = (fs::remove_file(at("soft")), fs::remove_file(at("hard")));
             assert!(all(folder) == before, "{:?} over {name}", case.args);
         }
-        // and what is no input is replaced
+        // a file that the run does not read may be replaced
         fs::write(at("old"), "old").unwrap();
         case.run(folder, "old").good();
         assert_ne!(fs::read(at("old")).unwrap(), b"old", "{:?}", case.args);

@@ -1,4 +1,4 @@
-//! Pictures whose tags or frames say more than their pixels. What is expected is Pillow 12's, compared on files of these kinds.
+//! Pictures whose tags or frames change how their pixels are shown. The expected pixels are Pillow 12's, for files of the same kinds.
 
 use vit_model::image::{Image, ImageOptions, Orientation};
 

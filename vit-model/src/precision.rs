@@ -28,8 +28,8 @@ pub enum Precision {
     /// head. No other CPU kernel has int8, and no GPU.
     ///
     /// The logits of a ViT-B/16 with random weights change by 3e-2 of the largest (with bf16 by 8e-3). On 192 random
-    /// images, 181 predictions are those of f32 (189 with bf16), because the two best classes of such a model are
-    /// close. A model whose tokens have a few channels far larger than the others loses more, because all channels of a
+    /// images, 181 predictions are the same as in f32 (189 with bf16); the others change because the two best classes of
+    /// such a model are close. A model whose tokens have a few channels far larger than the others loses more, because all channels of a
     /// token share one scale.
     Int8,
     /// IEEE 754 half precision. GPU only.

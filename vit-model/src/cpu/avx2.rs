@@ -24,7 +24,8 @@ impl Avx2 {
 /// The CPU has AVX2 and FMA, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: the caller promises the features, which `Avx2` stands for, and the product
+    // SAFETY: the caller guarantees that the CPU has AVX2 and FMA, which is all that a value of `Avx2` proves, and that the
+    // product is valid
     unsafe {
         // once per tile, which is short; prefetching with every chunk would cost more than it saves
         ahead.step();

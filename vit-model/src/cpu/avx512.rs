@@ -146,7 +146,8 @@ pub(crate) static PAIRS: [u16; 32] = {
 /// The CPU has the features, and the product `ROWS` rows from `first`; otherwise what [`Product`] asks for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
 unsafe fn rows<const ROWS: usize>(p: &Product<'_>, first: usize, ahead: &mut Ahead) {
-    // SAFETY: the caller promises the features, which `Avx512` stands for, and the product
+    // SAFETY: the caller guarantees that the CPU has these features, which is all that a value of `Avx512` proves, and that
+    // the product is valid
     unsafe { tile::<Avx512, ROWS>(Avx512(()), p, first, Some(ahead)) }
 }
 

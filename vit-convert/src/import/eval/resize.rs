@@ -61,7 +61,7 @@ impl Method {
         })
     }
 
-    /// The position of the original that position `k` of the result stands for.
+    /// Where position `k` of the result lies in the original.
     fn original(&self, axis: &Axis, k: usize) -> Rule<f64> {
         let (k, n, m) = (k as f64, axis.from as f64, axis.to as f64);
         let half = (k + 0.5) / axis.scale - 0.5;

@@ -130,7 +130,7 @@ impl Finder<'_> {
         Ok(None)
     }
 
-    /// Takes the heads' tensors. `turned`: the two halves of what they read are the other way round in timm.
+    /// Takes the heads' tensors. With `turned`, the graph joins the two halves of their input in the opposite order to timm.
     pub fn classifier_tensors(&mut self, found: &Classifier, turned: bool) -> Fit {
         if let Some(e) = found.pre_logits {
             self.linear(e, "pre_logits.fc")?;
